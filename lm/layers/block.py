@@ -1,0 +1,46 @@
+"""The residual block: pre-normed layers, summed one after another into the stream."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lm.core.sharding import constrain
+from lm.core.types import Array, Aux, Context, State
+
+
+class Block(nn.Module):
+    """x + layer_0(norm_0(x)), then the same with layer_1, and so on.
+
+    layers: one Module a layer (token mixer, channel mixer, ...). names: their parameter names, distinct. norm: the
+    template of every norm. A layer that returns `aux["publish"]` makes those values part of `ctx.shared` for the
+    layers after it; what was published first stays.
+    """
+
+    layers: tuple[nn.Module, ...]
+    names: tuple[str, ...]
+    norm: nn.Module
+
+    def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
+        """The states of its layers."""
+        return tuple(l.initial_state(batch_size, embed_dim, dtype, capacity=capacity) for l in self.layers)
+
+    def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
+        """Forward FLOPs a token of its layers; norms are not counted."""
+        return sum(l.flops_per_token(embed_dim, seq_len) for l in self.layers)
+
+    @nn.compact
+    def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:
+        after, report, published = [], {}, {}
+        for n, (layer, name, before) in enumerate(zip(self.layers, self.names, state, strict=True)):
+            key = None if ctx.key is None else jax.random.fold_in(ctx.key, n)
+            inner = ctx._replace(key=key, shared={**published, **ctx.shared})
+            # A template is copied before it is bound: two uses of one instance would silently share parameters.
+            y, s, aux = layer.copy(name=name)(self.norm.copy(name=f"norm{n}")(x), before, inner)
+            x = constrain(x + y, "batch", "length", "activation_embed")
+            after.append(s)
+            published = {**aux.get("publish", {}), **published}
+            report |= {f"{name}/{k}": v for k, v in aux.items() if k != "publish"}
+        if published:
+            report["publish"] = published
+        return x, tuple(after), report

@@ -1,0 +1,115 @@
+"""Dense, Embed and the output head: the three places where a matrix meets the activations.
+
+Shape legend: B batch, T time, D embed_dim, V vocabulary (padded), r adapter rank.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.core.types import Array, Head
+
+
+def fan_in(scale: float = 1.0) -> Callable:
+    """Normal initializer with standard deviation scale / sqrt(fan in), cut at two deviations; scale 0 gives zeros."""
+    if scale == 0.0:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(scale * scale, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """y = x @ kernel + bias over the last axis, in the dtype of x.
+
+    Where the `lora` collection holds (a, b) beside the kernel, y gains x @ a @ b (Hu et al. 2021, eq. 3): adapters are
+    data, present or absent, never a flag.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None] = ("embed", "mlp")
+    use_bias: bool = False
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.with_logical_partitioning(fan_in(self.init_scale), self.axes),
+                            (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+                              (self.features,))
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+@jax.custom_vjp
+def lookup(table: Array, tokens: Array) -> Array:
+    """Rows of `table` [V, D] at `tokens` [...]; ids outside the table are clipped to it.
+
+    Its gradient accumulates in float32 whatever the dtype.
+    """
+    return table.at[tokens].get(mode="clip")
+
+
+def _lookup_fwd(table, tokens):
+    return lookup(table, tokens), (jnp.zeros((0, *table.shape[1:]), table.dtype), table.shape[0], tokens)
+
+
+# A scatter-add serialises on every backend; below this many rows one matmul with the one-hot matrix is faster.
+ONE_HOT_ROWS = 1024
+
+
+def _lookup_bwd(saved, g):
+    like, rows, tokens = saved
+    flat, ids = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
+    wide = jnp.promote_types(like.dtype, jnp.float32)
+    if rows <= ONE_HOT_ROWS:
+        hot = jax.nn.one_hot(ids, rows, dtype=flat.dtype, axis=0)
+        table = jnp.matmul(hot, flat, preferred_element_type=wide)
+    else:
+        table = jnp.zeros((rows, flat.shape[-1]), wide).at[ids].add(flat.astype(wide))
+    return table.astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+class Embed(nn.Module):
+    """Token ids [B, T] to vectors [B, T, D] in `dtype`; the table itself is float32 and may serve as the head."""
+
+    rows: int
+    features: int
+    init_std: float = 0.02
+    axes: tuple[str | None, str | None] = ("vocab", "embed")
+
+    @nn.compact
+    def __call__(self, tokens: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Returns (vectors, table [rows, features])."""
+        table = self.param("embedding", nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes),
+                           (self.rows, self.features))
+        return lookup(table, tokens).astype(dtype), table
+
+
+class OutputHead(nn.Module):
+    """Names the head's own parameters where it is not tied to the embedding; see `with_adapter` for `lora`."""
+
+    rows: int
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, embed_dim: int) -> Array:
+        init = nn.initializers.normal(self.init_scale * embed_dim**-0.5)
+        return self.param("kernel", nn.with_logical_partitioning(init, ("vocab", "embed")), (self.rows, embed_dim))
+
+
+def with_adapter(hidden: Array, head: Head, a: Array, b: Array) -> tuple[Array, Head]:
+    """A head with a low-rank adapter, as a wider head: x @ (W + a b) = [x, x a] @ [W; b], exact and never [D, V].
+
+    hidden: [B, T, D]; head.kernel: [V, D]; a: [D, r]; b: [r, V].
+    """
+    wider = jnp.concatenate([hidden, hidden @ a.astype(hidden.dtype)], axis=-1)
+    return wider, head._replace(kernel=jnp.concatenate([head.kernel, b.T.astype(head.kernel.dtype)], axis=-1))

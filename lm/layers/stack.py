@@ -1,0 +1,151 @@
+"""Many blocks: a prefix, then a pattern of blocks repeated, scanned or unrolled over the same parameters.
+
+Parameters of the repeated pattern are stacked on a leading axis [R, ...] in both forms, so a checkpoint does not know
+which of the two ran. Blocks are initialised one by one with a key folded by the layer's index and then stacked: the
+values agree between a prefix and a pattern too.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.core.types import Array, Aux, Context, State, context
+from lm.layers.block import Block
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class StackState(NamedTuple):
+    """prefix: one state a block, arrays [B, ...]; pattern: one a block of the pattern, arrays [R, B, ...]."""
+
+    prefix: tuple[State, ...]
+    pattern: tuple[State, ...]
+
+
+def unstack(tree: Any, length: int) -> list[Any]:
+    """The R slices of a tree of [R, ...] arrays. Split, not indexed: its transpose is one concatenation, where R
+    indexings would add R zero-padded arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    split = [jax.lax.split(leaf, (1,) * length, 0) for leaf in leaves]
+    return [jax.tree.unflatten(treedef, [jnp.squeeze(parts[r], 0) for parts in split]) for r in range(length)]
+
+
+class Stack(nn.Module):
+    """prefix blocks, then `pattern` x `repeats`.
+
+    scan: one compiled body for all repeats (fast to compile) or unrolled (XLA may optimise across layers).
+    remat: what a block's backward pass recomputes: none (nothing), minimal (all but matrix products without batch
+      dimensions), dots (all but matrix products), full (everything).
+    """
+
+    prefix: tuple[Block, ...]
+    pattern: tuple[Block, ...]
+    repeats: int
+    scan: bool = True
+    remat: Literal["none", "full", "dots", "minimal"] = "none"
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.prefix) + len(self.pattern) * self.repeats
+
+    def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> StackState:
+        """The states of all blocks before the first token."""
+        def one(block):
+            return block.initial_state(batch_size, embed_dim, dtype, capacity=capacity)
+        pattern = tuple(one(block) for block in self.pattern)
+        return StackState(tuple(one(block) for block in self.prefix),
+                          jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), pattern))
+
+    def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
+        """Forward FLOPs a token."""
+        return sum(b.flops_per_token(embed_dim, seq_len) for b in self.prefix) \
+            + self.repeats * sum(b.flops_per_token(embed_dim, seq_len) for b in self.pattern)
+
+    def _variables(self, name: str, init: Callable[[], Any]) -> dict[str, Any]:
+        """The collections {"params": ..., "lora": ...} of the block(s) called `name`, initialised if they are new."""
+        if self.is_initializing() and not self.has_variable("params", name):
+            self.put_variable("params", name, init())
+        out = {"params": nn.meta.unbox(self.get_variable("params", name))}
+        if self.has_variable("lora", name):
+            out["lora"] = self.get_variable("lora", name)
+        return out
+
+    @nn.compact
+    def __call__(self, x: Array, state: StackState, ctx: Context) -> tuple[Array, StackState, Aux]:
+        D, first = x.shape[-1], len(self.prefix)
+        base = self.make_rng("params") if self.is_initializing() else None
+
+        def init_block(block: Block, depth: Array) -> Any:
+            probe = context(1, 1)._replace(shared={"depth": depth})
+            return block.init(jax.random.fold_in(base, depth), jnp.zeros((1, 1, D), x.dtype),
+                              block.initial_state(1, D, x.dtype), probe)["params"]
+
+        def init_repeated(block: Block, offset: int) -> Any:
+            depths = first + offset + len(self.pattern) * jnp.arange(self.repeats)
+            stacked = jax.vmap(lambda depth: init_block(block, depth))(depths)
+            boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+            return jax.tree.map(lambda leaf: leaf.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(leaf) else leaf,
+                                stacked, is_leaf=boxed)
+
+        def run(block: Block, variables: Any, x: Array, state: State, ctx: Context, depth: Any):
+            key = None if ctx.key is None else jax.random.fold_in(ctx.key, depth)
+            inner = ctx._replace(key=key, shared={**ctx.shared, "depth": depth})
+            return block.apply(variables, x, state, inner)
+
+        prefix_states, reports = [], []
+        for n, (block, before) in enumerate(zip(self.prefix, state.prefix, strict=True)):
+            variables = self._variables(f"prefix_{n}", lambda b=block, n=n: init_block(b, jnp.int32(n)))
+            body = self._remat(lambda v, x, s, ctx, d, b=block: run(b, v, x, s, ctx, d))
+            x, after, aux = body(variables, x, before, ctx, jnp.int32(n))
+            ctx = ctx._replace(shared={**aux.get("publish", {}), **ctx.shared})
+            prefix_states.append(after)
+            reports.append({k: v[None] for k, v in aux.items() if k != "publish"})
+        if not self.repeats:
+            return x, StackState(tuple(prefix_states), state.pattern), merge(reports)
+
+        stacked = tuple(self._variables(f"pattern_{k}", lambda b=block, k=k: init_repeated(b, k))
+                        for k, block in enumerate(self.pattern))
+
+        def group(x: Array, variables: Any, states: Any, depth: Array):
+            """One repeat of the pattern. What its layers publish is seen inside this repeat only."""
+            inner, afters, report = ctx, [], []
+            for k, (block, v, s) in enumerate(zip(self.pattern, variables, states, strict=True)):
+                x, after, aux = run(block, v, x, s, inner, depth + k)
+                inner = inner._replace(shared={**aux.get("publish", {}), **inner.shared})
+                afters.append(after)
+                report.append({name: value[None] for name, value in aux.items() if name != "publish"})
+            return x, (tuple(afters), merge(report))
+
+        group = self._remat(group)
+        depths = first + len(self.pattern) * jnp.arange(self.repeats, dtype=jnp.int32)
+        if self.scan:
+            x, (pattern_states, report) = jax.lax.scan(
+                lambda x, inputs: group(x, *inputs), x, (stacked, state.pattern, depths))
+        else:
+            outs = []
+            for inputs in unstack((stacked, state.pattern, depths), self.repeats):
+                x, out = group(x, *inputs)
+                outs.append(out)
+            pattern_states, report = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
+        return x, StackState(tuple(prefix_states), pattern_states), merge(reports)
+
+    def _remat(self, fn: Callable) -> Callable:
+        if REMAT[self.remat] is None:
+            return fn
+        return jax.checkpoint(fn, prevent_cse=not self.scan, policy=REMAT[self.remat])
+
+
+def merge(reports: list[Aux]) -> Aux:
+    """One mapping; values of the same name are concatenated on the layer axis, in order of depth."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: jnp.concatenate([r[name] for r in reports if name in r]) for name in names}

@@ -1,0 +1,84 @@
+"""Token scores in one chunked pass over hidden states and head, and the losses that need nothing else.
+
+Shape legend: B batch, T time, D embed_dim, V padded vocabulary, N = B * T, C chunk of positions.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lm.core.batch import Batch
+from lm.core.sharding import axis_size, constrain
+from lm.core.types import Array, Head, TokenScores
+
+# Logits held at a time: 2^22 numbers, 16 MB in float32.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def logits_of(hidden: Array, head: Head) -> Array:
+    """Float32 logits [..., V] of hidden states [..., D]; entries beyond the real vocabulary are minus infinity."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, head.kernel.astype(hidden.dtype), preferred_element_type=wide)
+    if head.bias is not None:
+        logits = logits + head.bias.astype(wide)
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    if head.vocab_size < head.kernel.shape[0]:
+        logits = jnp.where(jnp.arange(head.kernel.shape[0]) < head.vocab_size, logits, -jnp.inf)
+    return logits
+
+
+def scores_of(logits: Array, targets: Array) -> TokenScores:
+    """Scores of targets [...] under logits [..., V]."""
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logsumexp = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1)) + peak[..., 0]
+    # A comparison with an iota, not a gather: it stays local where the vocabulary is split over devices.
+    chosen = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    return TokenScores(target_logit - logsumexp, logsumexp, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None = None) -> TokenScores:
+    """Scores of `targets` [B, T] given hidden states [B, T, D], never holding logits of more than `chunk` positions a
+    row; the backward pass computes each chunk's logits again.
+
+    chunk: positions of T at a time; None picks the largest divisor-free size that holds at most CHUNK_ELEMENTS logits
+    a device. Values do not depend on it beyond rounding.
+    """
+    B, T, _ = hidden.shape
+    V = head.kernel.shape[0]
+    # Time split over devices is already in pieces; cutting it again would move it.
+    if axis_size("context") > 1:
+        return jax.checkpoint(_chunk_scores)(hidden, head, targets)
+    if chunk is None:
+        rows = math.ceil(B / axis_size("data", "fsdp"))
+        chunk = max(1, CHUNK_ELEMENTS // (rows * math.ceil(V / axis_size("tensor"))))
+    if chunk >= T:
+        return _chunk_scores(hidden, head, targets)
+    count = math.ceil(T / chunk)
+    chunk = math.ceil(T / count)
+    padding = count * chunk - T
+
+    def cut(a):
+        a = jnp.pad(a, ((0, 0), (0, padding)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, count, chunk, *a.shape[2:]), 1, 0)
+
+    # The scan closes over the head, so its gradient is summed over chunks in one buffer.
+    scores = jax.lax.map(jax.checkpoint(lambda part: _chunk_scores(part[0], head, part[1])), (cut(hidden), cut(targets)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, count * chunk)[:, :T], scores)
+
+
+def _chunk_scores(hidden: Array, head: Head, targets: Array) -> TokenScores:
+    logits = constrain(logits_of(hidden, head), "batch", "length", "vocab")
+    return scores_of(logits, targets)
+
+
+def next_token(scores: TokenScores, batch: Batch) -> Array:
+    """-log p(target), in nats, [B, T]."""
+    return -scores.logp
+
+
+def z_loss(scores: TokenScores, batch: Batch) -> Array:
+    """log(Z)^2, which keeps the partition function near 1 (Chowdhery et al. 2022, PaLM, section 5), [B, T]."""
+    return jnp.square(scores.logsumexp)

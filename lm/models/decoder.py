@@ -1,0 +1,105 @@
+"""The decoder language model: embed, stack, norm, head.
+
+Shape legend: B batch, T time, D embed_dim, V padded vocabulary, L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.core.sharding import constrain
+from lm.core.types import Array, Context, Head, Key, Output, State
+from lm.layers.dropout import dropout
+from lm.layers.linear import Embed, OutputHead, with_adapter
+from lm.layers.stack import Stack
+
+
+class DecoderState(NamedTuple):
+    """positions: [B] int32, position of the next token in its document; stack: states of the layers."""
+
+    positions: Array
+    stack: State
+
+
+class DecoderLM(nn.Module):
+    """Next-token model over `vocab_size` ids.
+
+    vocab_multiple: the tables are padded to a multiple of this, the same on every mesh, so that the vocabulary can be
+      split over `tensor` and a checkpoint fits any mesh. Padding ids get logits of minus infinity.
+    tie_embeddings: the embedding is the head. max_positions: rows of a learned table of absolute positions; None for
+      none (rotary positions are the attention layer's own). softcap: logits become softcap * tanh(logits / softcap).
+    dtype: of activations; parameters are float32.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    stack: Stack
+    final_norm: nn.Module
+    vocab_multiple: int = 128
+    tie_embeddings: bool = True
+    max_positions: int | None = None
+    embed_std: float = 0.02
+    softcap: float | None = None
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and head tables."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def initial_state(self, batch_size: int, *, capacity: int = 0) -> DecoderState:
+        """State before the first token, with room for `capacity` tokens (0: the state will not be used to go on)."""
+        return DecoderState(jnp.zeros((batch_size,), jnp.int32),
+                            self.stack.initial_state(batch_size, self.embed_dim, jnp.dtype(self.dtype),
+                                                     capacity=capacity))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs a token in rows of seq_len: every matrix product, the head included; lookups are free."""
+        return self.stack.flops_per_token(self.embed_dim, seq_len) + 2.0 * self.embed_dim * self.padded_vocab
+
+    @nn.compact
+    def __call__(self, tokens: Array, state: DecoderState | None = None, *, reset: Array | None = None,
+                 positions: Array | None = None, weights: Array | None = None, key: Key | None = None) -> Output:
+        B, T = tokens.shape
+        if state is None:
+            state = self.initial_state(B)
+            fresh = jnp.zeros((B, T), bool).at[:, 0].set(True)
+            reset = fresh if reset is None else reset | fresh
+        reset = jnp.zeros((B, T), bool) if reset is None else reset
+        weights = jnp.ones((B, T), bool) if weights is None else weights
+        if positions is None:
+            positions = positions_after(state.positions, reset, weights)
+        last = jnp.sum(weights != 0, axis=1, dtype=jnp.int32)
+        following = jnp.take_along_axis(positions, jnp.maximum(last - 1, 0)[:, None], axis=1)[:, 0] + 1
+        following = jnp.where(last > 0, following, state.positions)
+
+        dtype = jnp.dtype(self.dtype)
+        x, table = Embed(self.padded_vocab, self.embed_dim, self.embed_std, name="embed")(tokens, dtype)
+        if self.max_positions is not None:
+            where = Embed(self.max_positions, self.embed_dim, self.embed_std, (None, "embed"), name="position")
+            x = x + where(positions, dtype)[0]
+        x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
+        ctx = Context(reset, positions, weights, key, {})
+        x, after, aux = self.stack.copy(name="stack")(x, state.stack, ctx)
+        x = self.final_norm.copy(name="final_norm")(x)
+
+        kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
+        head = Head(kernel, None, self.vocab_size, self.softcap)
+        if not self.tie_embeddings and "head" in self.variables.get("lora", {}):
+            adapter = self.variables["lora"]["head"]["kernel"]
+            x, head = with_adapter(x, head, adapter["a"], adapter["b"])
+        return Output(x, head, DecoderState(following, after), aux)
+
+
+def positions_after(start: Array, reset: Array, weights: Array) -> Array:
+    """Position of each token in its document: counts on from `start` [B], from 0 at each reset, over real tokens.
+
+    reset, weights: [B, T]. Returns [B, T] int32.
+    """
+    present = (weights != 0).astype(jnp.int32)
+    count = jnp.cumsum(present, axis=1) - present  # real tokens before this one in the call
+    began = jax.lax.cummax(jnp.where(reset, count, -1), axis=1)
+    return jnp.where(began < 0, start[:, None] + count, count - began)
