@@ -4,12 +4,13 @@ A group of the config (`data`, `optimizer`, ...) is such a class; so is a layer,
 `fill` turns what a config file gives into the complete group and finds every mistake before anything is compiled.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ _PLAIN = (bool, int, float, str)
 def option(default: Any, doc: str) -> Any:
     """A dataclass field with a default and one line of documentation, which the config reference prints."""
     if isinstance(default, (dict, list)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"doc": doc})
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
@@ -33,8 +34,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Name to type of the fields that a config may set (a Flax module's `parent` and `name` are not among them)."""
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls!r} is not an option class; it must be a dataclass")
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")}
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    # Only a Flax module has both: an option class may well have a `name` to set.
+    inherited = {"parent", "name"} if {"parent", "name"} <= set(names) else set()
+    return {name: hints[name] for name in names if name not in inherited}
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -50,17 +56,39 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as users write it: `int`, `float | None`, `tuple[str, ...]`."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    """A type as users write it: `int`, `float | None`, `tuple[str, ...]`, `'low' | 'high'`."""
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (None, types.NoneType):
+        return "None"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(arm) for arm in arms)
+    if origin is typing.Literal:
+        return " | ".join(repr(arm) for arm in arms)
+    if isinstance(origin, type) and arms:
+        inside = ", ".join("..." if arm is Ellipsis else type_name(arm) for arm in arms if not isinstance(arm, list))
+        return f"{origin.__name__}[{inside}]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _conform_sequence(value: Any, kind: type, arms: tuple[Any, ...]) -> Any:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError
+    if not arms:
+        return kind(value)
+    if kind is list or arms[-1] is Ellipsis:
+        return kind(conform(v, arms[0]) for v in value)
+    if len(arms) != len(value):
+        raise TypeError
+    return tuple(conform(v, arm) for v, arm in zip(value, arms, strict=True))
 
 
 def conform(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it (int to float, list to tuple); raises TypeError where it cannot be."""
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return value
+    """`value` as the type `hint` wants it (int to float, 3.0 to int, list to tuple); TypeError where it cannot be.
+
+    A type that config files cannot write (a class, a callable) takes any value: its owner checks it.
+    """
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        arms = typing.get_args(hint)
         exact = [arm for arm in arms if arm in _PLAIN and type(value) is arm]
         for arm in (*exact, *arms):
             try:
@@ -68,38 +96,31 @@ def conform(value: Any, hint: Any) -> Any:
             except TypeError:
                 pass
         raise TypeError
-    if hint in (None, type(None)):
-        if value is None:
-            return None
-        raise TypeError
+    if hint in (None, types.NoneType):
+        if value is not None:
+            raise TypeError
+        return None
     if origin is typing.Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise TypeError
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        # The type is compared too: True is not 1 to a user.
+        if not any(type(arm) is type(value) and arm == value for arm in arms):
+            raise TypeError
+        return value
+    if hint is float and type(value) is int:
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and type(value) is float and value.is_integer():
         return int(value)
     if hint in _PLAIN:
-        if type(value) is hint:
-            return value
-        raise TypeError
-    if hint is tuple or origin is tuple:
-        if not isinstance(value, (tuple, list)):
+        if type(value) is not hint:
             raise TypeError
-        arms = typing.get_args(hint)
-        if not arms:
-            return tuple(value)
-        if len(arms) == 2 and arms[1] is Ellipsis:
-            return tuple(conform(v, arms[0]) for v in value)
-        if len(arms) != len(value):
-            raise TypeError
-        return tuple(conform(v, arm) for v, arm in zip(value, arms, strict=True))
-    if hint in (dict, Mapping) or origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        return value
+    for kind, names in ((tuple, (tuple, Sequence)), (list, (list,))):
+        if hint in names or origin in names:
+            # Sequence[int] names one type for every item, as tuple[int, ...] does.
+            return _conform_sequence(value, kind, (*arms, ...) if origin is Sequence else arms)
+    if hint in (dict, Mapping) or origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise TypeError
-        arms = typing.get_args(hint)
-        return {k: conform(v, arms[1]) if arms else v for k, v in value.items()}
+        return {conform(k, arms[0]): conform(v, arms[1]) for k, v in value.items()} if arms else dict(value)
     return value
 
 
@@ -119,6 +140,9 @@ def fill(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     ("config.data") says in the message which group is meant.
     """
     hints = field_types(cls)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be a group of fields; got {given!r} ({type(given).__name__}). "
+                         f"It takes: {', '.join(sorted(hints))}")
     check_known(given, hints, where)
     out = defaults(cls)
     for name, value in given.items():
