@@ -1,0 +1,1 @@
+from lm.layers.attention_op.dispatch import dot_product_attention as dot_product_attention
