@@ -43,30 +43,35 @@ def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None
     """Scores of `targets` [B, T] given hidden states [B, T, D], never holding logits of more than `chunk` positions a
     row; the backward pass computes each chunk's logits again.
 
-    chunk: positions of T at a time; None picks the largest divisor-free size that holds at most CHUNK_ELEMENTS logits
-    a device. Values do not depend on it beyond rounding.
+    chunk: positions of T at a time and device; None picks the largest that holds at most CHUNK_ELEMENTS logits a
+    device. Values do not depend on it beyond rounding.
     """
     B, T, _ = hidden.shape
     V = head.kernel.shape[0]
-    # Time split over devices is already in pieces; cutting it again would move it.
-    if axis_size("context") > 1:
-        return jax.checkpoint(_chunk_scores)(hidden, head, targets)
+    shards = axis_size("context") if T % axis_size("context") == 0 else 1
+    local = T // shards  # positions that one device holds of a row
     if chunk is None:
         rows = math.ceil(B / axis_size("data", "fsdp"))
         chunk = max(1, CHUNK_ELEMENTS // (rows * math.ceil(V / axis_size("tensor"))))
-    if chunk >= T:
+    if chunk >= local:
         return _chunk_scores(hidden, head, targets)
-    count = math.ceil(T / chunk)
-    chunk = math.ceil(T / count)
-    padding = count * chunk - T
+    count = math.ceil(local / chunk)
+    chunk = math.ceil(local / count)
 
     def cut(a):
-        a = jnp.pad(a, ((0, 0), (0, padding)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, count, chunk, *a.shape[2:]), 1, 0)
+        """[B, T, ...] to [count, B, shards * chunk, ...]: every device cuts its own stretch of time."""
+        a = a.reshape(B, shards, local, *a.shape[2:])
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, count * chunk - local)) + ((0, 0),) * (a.ndim - 3))
+        a = jnp.moveaxis(a.reshape(B, shards, count, chunk, *a.shape[3:]), 2, 0)
+        return a.reshape(count, B, shards * chunk, *a.shape[4:])
 
-    # The scan closes over the head, so its gradient is summed over chunks in one buffer.
+    def join(a):
+        a = jnp.moveaxis(a.reshape(count, B, shards, chunk), 0, 2)
+        return a.reshape(B, shards, count * chunk)[:, :, :local].reshape(B, T)
+
+    # The map closes over the head, so its gradient is summed over chunks in one buffer.
     scores = jax.lax.map(jax.checkpoint(lambda part: _chunk_scores(part[0], head, part[1])), (cut(hidden), cut(targets)))
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, count * chunk)[:, :T], scores)
+    return jax.tree.map(join, scores)
 
 
 def _chunk_scores(hidden: Array, head: Head, targets: Array) -> TokenScores:

@@ -83,8 +83,8 @@ class DecoderLM(nn.Module):
             x = x + where(positions, dtype)[0]
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
         ctx = Context(reset, positions, weights, key, {})
-        x, after, aux = self.stack.copy(name="stack")(x, state.stack, ctx)
-        x = self.final_norm.copy(name="final_norm")(x)
+        x, after, aux = self.stack(x, state.stack, ctx)
+        x = self.final_norm(x)
 
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)

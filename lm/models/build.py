@@ -1,0 +1,161 @@
+"""From the `model` group of a config to a Module, and from a Module to a pure function of its variables.
+
+The group holds the model's own fields and, beside them, one entry a layer, named in `pattern`:
+
+    model = dict(embed_dim=256, num_layers=8, pattern=("attention/mlp",), attention=dict(num_heads=4), mlp=dict())
+
+`pattern` names blocks; a block is layers joined by slashes. An entry gives the fields of the class that its `kind`
+(default: its own name) has in `lm.layers.LAYERS`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from lm.core.fields import check_known, did_you_mean, field_types, fill, option
+from lm.core.sharding import shardings
+from lm.core.types import Apply, Key, Params
+from lm.layers import LAYERS
+from lm.layers.block import Block
+from lm.layers.norm import LayerNorm, RMSNorm
+from lm.layers.stack import Stack
+from lm.models.decoder import DecoderLM
+
+NORMS = {
+    "rms": lambda: RMSNorm(),
+    "layer": lambda: LayerNorm(),
+    "layer_no_bias": lambda: LayerNorm(use_bias=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The fields of `model` that are not layer entries."""
+
+    embed_dim: int = option(256, "width of the residual stream")
+    num_layers: int = option(4, "number of blocks, prefix included")
+    prefix: tuple[str, ...] = option((), "blocks before the pattern, e.g. ('attention/mlp',)")
+    pattern: tuple[str, ...] = option(("attention/mlp",), "blocks repeated until num_layers; layers joined by '/'")
+    vocab_size: int | None = option(None, "number of token ids; None takes the tokenizer's")
+    vocab_multiple: int = option(128, "tables are padded to a multiple of this, the same on every mesh")
+    tie_embeddings: bool = option(True, "use the embedding as output head")
+    max_positions: int | None = option(None, "rows of a learned table of absolute positions; None for none")
+    embed_std: float = option(0.02, "standard deviation of the embeddings at initialisation")
+    softcap: float | None = option(None, "logits become softcap * tanh(logits / softcap)")
+    dropout: float = option(0.0, "dropout of the embedded input; layers have their own")
+    norm: Literal["rms", "layer", "layer_no_bias"] = option("rms", "norm before each layer and before the head")
+    scan: bool = option(True, "scan over repeats (compiles fast) or unroll them; the checkpoint is the same")
+    remat: Literal["none", "full", "dots", "minimal"] = option("none", "what the backward pass computes again")
+    dtype: Literal["bfloat16", "float32", "float16", "float64"] = option("bfloat16", "dtype of activations")
+
+
+def entry_names(blocks: tuple[str, ...]) -> list[str]:
+    """The layer entries that these blocks name, in order, each once."""
+    return list(dict.fromkeys(name for block in blocks for name in block.split("/")))
+
+
+def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete `model` group: defaults filled, every entry that `prefix` and `pattern` use present and filled.
+
+    Raises ValueError, naming the field, for unknown names, wrong types, entries that nothing uses, and layers that do
+    not fit the width.
+    """
+    own = field_types(ModelOptions)
+    entries = {name: dict(value) for name, value in given.items() if isinstance(value, Mapping) and name not in own}
+    options = fill(ModelOptions, {k: v for k, v in given.items() if k not in entries}, "config.model")
+    made = ModelOptions(**options)
+    for name in ("embed_dim", "num_layers", "vocab_multiple"):
+        if options[name] < 1:
+            raise ValueError(f"config.model.{name}={options[name]} must be at least 1")
+    if made.vocab_size is not None and made.vocab_size < 2:
+        raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
+    repeats_of(made)
+    used = entry_names(made.prefix + made.pattern)
+    check_known(entries, used, "config.model", "entry that prefix or pattern uses:")
+    out = dict(options)
+    for name in used:
+        given_entry = entries.get(name, {})
+        kind = given_entry.get("kind", name)
+        if kind not in LAYERS:
+            raise ValueError(f"config.model.pattern names {name!r}, and there is no layer of kind {kind!r}"
+                             f"{did_you_mean(kind, LAYERS)}; layers: {', '.join(sorted(LAYERS))}")
+        fields = {k: v for k, v in given_entry.items() if k != "kind"}
+        filled = fill(LAYERS[kind], fields, f"config.model.{name}")
+        try:
+            LAYERS[kind](**filled).check(made.embed_dim)
+        except ValueError as error:
+            raise ValueError(f"config.model: {error}") from None
+        out[name] = {"kind": kind, **filled}
+    return out
+
+
+def repeats_of(options: ModelOptions) -> int:
+    """How often the pattern stands; raises ValueError where num_layers is not prefix + pattern * repeats."""
+    rest = options.num_layers - len(options.prefix)
+    if not options.pattern and rest == 0:
+        return 0
+    if not options.pattern or rest < 0 or rest % len(options.pattern):
+        raise ValueError(
+            f"config.model.num_layers={options.num_layers} must be {len(options.prefix)} (prefix) plus a multiple of "
+            f"{len(options.pattern)} (pattern); nearest: "
+            f"{len(options.prefix) + max(1, round(rest / max(1, len(options.pattern)))) * len(options.pattern)}")
+    return rest // len(options.pattern)
+
+
+def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
+    """The Module that the `model` group describes (resolved or not). `vocab_size` is the tokenizer's, and serves where
+    the group leaves its own open; raises ValueError where the group's is smaller than the tokenizer's."""
+    resolved = resolve_model(config)
+    options = ModelOptions(**{k: v for k, v in resolved.items() if k in field_types(ModelOptions)})
+    if options.vocab_size is not None and options.vocab_size < vocab_size:
+        raise ValueError(f"config.model.vocab_size={options.vocab_size} is smaller than the tokenizer's {vocab_size}; "
+                         f"set it to None or at least that")
+    norm = NORMS[options.norm]
+    layers = {}
+    for name in entry_names(options.prefix + options.pattern):
+        entry = dict(resolved[name])
+        cls = LAYERS[entry.pop("kind")]
+        # Branches add up in the residual stream: each starts at 1 / sqrt(number of branches) (GPT-2, section 2.3).
+        if "output_scale" in entry and entry["output_scale"] is None:
+            entry["output_scale"] = (2 * options.num_layers) ** -0.5
+        layers[name] = cls(**entry)
+    prefix = tuple(build_block(spec, layers, norm()) for spec in options.prefix)
+    pattern = tuple(build_block(spec, layers, norm()) for spec in options.pattern)
+    return DecoderLM(
+        vocab_size=options.vocab_size or vocab_size, embed_dim=options.embed_dim,
+        stack=Stack(prefix, pattern, repeats_of(options), options.scan, options.remat), final_norm=norm(),
+        vocab_multiple=options.vocab_multiple, tie_embeddings=options.tie_embeddings,
+        max_positions=options.max_positions, embed_std=options.embed_std, softcap=options.softcap,
+        dropout=options.dropout, dtype=options.dtype)
+
+
+def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module) -> Block:
+    """The block "a/b" of these layers; a layer that stands twice in it gets two sets of parameters."""
+    parts = spec.split("/")
+    names = tuple(part if parts.count(part) == 1 else f"{part}_{parts[:n].count(part)}" for n, part in enumerate(parts))
+    return Block(tuple(layers[part] for part in parts), names, norm)
+
+
+def make_apply(model: nn.Module) -> Apply:
+    """The model as a pure function of {"params": ...} and, where adapters are used, {"lora": ...}."""
+    def apply(params, tokens, state=None, *, reset=None, positions=None, weights=None, key=None):
+        return model.apply(params, tokens, state, reset=reset, positions=positions, weights=weights, key=key)
+    return apply
+
+
+def abstract_params(model: nn.Module) -> Params:
+    """Shapes of the variables, boxed with their logical axes; nothing is allocated."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+
+
+def init_params(model: nn.Module, key: Key, mesh: Mesh | None = None) -> Params:
+    """Fresh variables {"params": ...}, created where they belong on the mesh."""
+    def init(key):
+        return nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+    out = None if mesh is None else shardings(abstract_params(model), mesh)
+    return jax.jit(init, out_shardings=out)(key)

@@ -1,0 +1,72 @@
+"""From the `loss` group of a config to an objective.
+
+The group names losses of `lm.losses.LOSSES`; a value is the weight, or a mapping of `weight` and the loss's options:
+
+    loss = dict(next_token=1.0, z_loss=1e-4)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lm.core.fields import check_known, did_you_mean, fill
+from lm.core.types import Objective
+from lm.losses import LOSSES
+from lm.losses.base import Term
+from lm.tasks.language_modeling import LanguageModeling
+
+CHUNK = "chunk"  # the one option that belongs to the objective, not to a loss
+
+
+def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete `loss` group; raises ValueError for unknown losses, options or types, and for an empty sum."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == CHUNK:
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"config.loss.chunk must be an int of at least 1, or None; got {value!r}")
+            out[name] = value
+            continue
+        if name not in LOSSES:
+            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, LOSSES) or '.'} "
+                             f"It takes: {', '.join(LOSSES)}, {CHUNK}")
+        out[name] = _resolve_term(name, value)
+    if not any(name in LOSSES for name in out):
+        if given and set(given) != {CHUNK}:
+            raise ValueError("config.loss needs at least one loss, e.g. dict(next_token=1.0)")
+        out = {"next_token": 1.0, **out}
+    return {**out, CHUNK: out.get(CHUNK)}
+
+
+def _resolve_term(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        options = {k: v for k, v in value.items() if k != "weight"}
+        if dataclasses.is_dataclass(LOSSES[name]):
+            options = fill(LOSSES[name], options, f"config.loss.{name}")
+        else:
+            check_known(options, (), f"config.loss.{name}", "option besides weight:")
+        return {"weight": _weight(name, value.get("weight", 1.0)), **options}
+    if dataclasses.is_dataclass(LOSSES[name]):
+        return {"weight": _weight(name, value), **fill(LOSSES[name], {}, f"config.loss.{name}")}
+    return _weight(name, value)
+
+
+def _weight(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"config.loss.{name} must be a number (its weight) or a mapping with `weight`; got {value!r}")
+    return float(value)
+
+
+def build_objective(config: Mapping[str, Any]) -> Objective:
+    """The objective that the `loss` group describes (resolved or not)."""
+    resolved = resolve_loss(config)
+    chunk = resolved.pop(CHUNK)
+    terms = {}
+    for name, value in resolved.items():
+        if isinstance(value, Mapping):
+            options = {k: v for k, v in value.items() if k != "weight"}
+            loss = LOSSES[name](**options) if dataclasses.is_dataclass(LOSSES[name]) else LOSSES[name]
+            terms[name] = Term(loss, value["weight"])
+        else:
+            terms[name] = Term(LOSSES[name], value)
+    return LanguageModeling(terms, chunk)

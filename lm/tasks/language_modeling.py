@@ -1,0 +1,45 @@
+"""Language modelling: one forward pass, any sum of per-position losses over weighted targets."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from lm.core.batch import Batch
+from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Params, TokenScores
+from lm.losses.base import Term, Weight
+from lm.losses.cross_entropy import token_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModeling:
+    """Objective: for each term, the mean of its loss over the targets, weighted by `batch.weights`.
+
+    chunk: positions whose logits exist at a time; None picks by memory.
+    """
+
+    terms: Mapping[str, Term]
+    chunk: int | None = None
+    not_additive: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """Weight of each term."""
+        return {name: term.weight for name, term in self.terms.items()}
+
+    def counts(self, batch: Batch) -> Mapping[str, Array]:
+        """The weight that each term divides by, from the batch alone."""
+        count = batch.weights.sum()
+        return {name: count for name in self.terms}
+
+    def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
+                 key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
+        """(means of the terms, carry, {"accuracy": share of targets that are the most probable token})."""
+        scores = score_batch(apply, params, batch, key, self.chunk)
+        means = {name: Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
+        return means, carry, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights)}
+
+
+def score_batch(apply: Apply, params: Params, batch: Batch, key: Key | None = None,
+                chunk: int | None = None) -> TokenScores:
+    """Scores of every target of a batch of packed documents, from fresh states."""
+    out = apply(params, batch.tokens, reset=batch.reset, positions=batch.positions, weights=batch.present, key=key)
+    return token_scores(out.hidden, out.head, batch.targets, chunk=chunk)
