@@ -1,0 +1,89 @@
+"""The groups `train`, `mesh`, `checkpoint` and `log` of a config."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from lm.core.fields import option
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What a run is: how long, how wide, from which seed."""
+
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(8, "rows of a batch over all devices and hosts")
+    seq_len: int = option(256, "tokens of a row")
+    microbatches: int = option(1, "a batch is run in this many pieces, with the exact gradient of the whole")
+    seed: int = option(0, "of parameters, dropout and the order of the data")
+    on_nonfinite: Literal["stop", "skip"] = option("stop", "at a NaN or infinite loss or gradient: stop with exit "
+                                                   "code 76, or skip the update and go on")
+    max_skips: int = option(10, "with on_nonfinite='skip': stop after this many skipped updates in a row")
+    per_microbatch: bool = option(False, "allow terms that do not add up over microbatches, computed in each alone")
+    hang_seconds: float | None = option(None, "a step that takes longer (after compilation) ends the run with code 77")
+    lora_rank: int | None = option(None, "train adapters of this rank and freeze the rest; None trains everything")
+    lora_match: str = option(r".*/kernel", "regular expression of the kernels that get an adapter")
+    init_from: str | None = option(None, "workdir of another run whose parameters are the start")
+
+    def check(self) -> None:
+        """Raises ValueError for values out of range."""
+        for name in ("steps", "batch_size", "seq_len", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.train.{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"config.train.batch_size={self.batch_size} is not divisible by "
+                             f"microbatches={self.microbatches}; use a multiple")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"config.train.seed={self.seed} must be from 0 to 2^32 - 1")
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise ValueError(f"config.train.hang_seconds={self.hang_seconds} must be positive, or None")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"config.train.lora_rank={self.lora_rank} must be at least 1, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """Devices along each mesh axis of a slice; one may be -1, which fills."""
+
+    data: int = option(-1, "rows of the batch; parameters are copied")
+    fsdp: int = option(1, "rows of the batch; parameters and optimizer state are split")
+    expert: int = option(1, "experts are split")
+    context: int = option(1, "the sequence is split")
+    tensor: int = option(1, "heads, hidden widths and vocabulary are split")
+    dcn: Mapping[str, int] | None = option(None, "factors of the axes across slices, e.g. {'data': 4}; None puts the "
+                                           "number of slices on data")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each axis within a slice."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "dcn"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """When to save, and what to keep."""
+
+    every: int = option(1000, "steps between checkpoints; the last step is always saved")
+    keep: int = option(3, "newest checkpoints that are kept")
+    keep_best: int = option(0, "besides them, this many with the lowest `best_metric`")
+    best_metric: str = option("eval/validation/loss", "name of an evaluation metric, lower is better")
+
+    def check(self) -> None:
+        """Raises ValueError for values out of range."""
+        if self.every < 1 or self.keep < 1 or self.keep_best < 0:
+            raise ValueError(f"config.checkpoint needs every >= 1, keep >= 1 and keep_best >= 0; got every="
+                             f"{self.every}, keep={self.keep}, keep_best={self.keep_best}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogOptions:
+    """Where numbers go, and how often."""
+
+    every: int = option(10, "steps between rows of metrics.jsonl")
+    tensorboard: bool = option(True, "write event files under <workdir>/tensorboard")
+    wandb_project: str | None = option(None, "project on Weights & Biases; None leaves it off")
+
+    def check(self) -> None:
+        """Raises ValueError for values out of range."""
+        if self.every < 1:
+            raise ValueError(f"config.log.every={self.every} must be at least 1")
