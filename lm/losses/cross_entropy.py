@@ -9,24 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.batch import Batch
+from lm.core.head import logits_of
 from lm.core.sharding import axis_size, constrain
 from lm.core.types import Array, Head, TokenScores
 
 # Logits held at a time: 2^22 numbers, 16 MB in float32.
 CHUNK_ELEMENTS = 1 << 22
-
-
-def logits_of(hidden: Array, head: Head) -> Array:
-    """Float32 logits [..., V] of hidden states [..., D]; entries beyond the real vocabulary are minus infinity."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("...d,vd->...v", hidden, head.kernel.astype(hidden.dtype), preferred_element_type=wide)
-    if head.bias is not None:
-        logits = logits + head.bias.astype(wide)
-    if head.softcap is not None:
-        logits = head.softcap * jnp.tanh(logits / head.softcap)
-    if head.vocab_size < head.kernel.shape[0]:
-        logits = jnp.where(jnp.arange(head.kernel.shape[0]) < head.vocab_size, logits, -jnp.inf)
-    return logits
 
 
 def scores_of(logits: Array, targets: Array) -> TokenScores:
