@@ -13,15 +13,15 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from launch.config_files import CONFIG_FILE, config_hash, diff, from_json, read, to_json
+from launch.config_files import ABSENT, CONFIG_FILE, config_hash, diff, from_json, read, to_json
 from launch.config_groups import GROUPS, option_class, resolve_group
 from launch.config_overrides import apply_overrides, flatten
 from launch.config_values import plain
 from launch.config_workdir import check_workdir
 from lm.core.fields import check_known
 
-__all__ = ["GROUPS", "apply_overrides", "check", "check_workdir", "config_hash", "diff", "flatten", "from_args",
-           "from_json", "load", "options", "read", "resolve", "to_json"]
+__all__ = ["ABSENT", "CONFIG_FILE", "GROUPS", "apply_overrides", "check", "check_workdir", "config_hash", "diff",
+           "flatten", "from_args", "from_json", "load", "options", "read", "resolve", "to_json"]
 
 
 def load(spec: str, overrides: Sequence[tuple[str, Any]] = ()) -> ConfigDict:

@@ -50,10 +50,16 @@ def known_group(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         if group in OPTION_CLASSES:
             return {**defaults(option_class(group)), **given}
-    try:
+    if group == "loss":
         return {**resolve_group(group, {}), **given}
-    except ValueError:
-        return dict(given)
+    from lm.layers import LAYERS
+    from lm.models.build import ModelOptions
+    out = {**defaults(ModelOptions), **given}
+    for name in (name for name in used_entries(out) if isinstance(out.get(name, {}), Mapping)):
+        kind = out.get(name, {}).get("kind", name)
+        fields = {**dict.fromkeys(field_types(LAYERS[kind])), **defaults(LAYERS[kind])} if kind in LAYERS else {}
+        out[name] = {"kind": kind, **fields, **out.get(name, {})}
+    return out
 
 
 def group_types(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +81,8 @@ def group_types(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def used_entries(model: Mapping[str, Any]) -> list[str]:
-    """The layer entries that the model's prefix and pattern name; `model` has both fields."""
+    """The layer entries that the model's prefix and pattern name; none where one of them is of a wrong type."""
     from lm.models.build import entry_names
-    return entry_names((*model["prefix"], *model["pattern"]))
+    blocks = [model["prefix"], model["pattern"]]
+    well_typed = all(isinstance(names, tuple) and all(isinstance(name, str) for name in names) for names in blocks)
+    return entry_names((*blocks[0], *blocks[1])) if well_typed else []

@@ -25,13 +25,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "config") -> dict[str, Any]:
 
 def unknown_field(path: str, known: Iterable[str]) -> ValueError:
     """The error for a path that is no field: names the nearest full path, else where to read all of them."""
-    known = list(known)
-    leaf = path.rpartition(".")[2]
+    known, leaf = list(known), path.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = (difflib.get_close_matches(path, same, 1, 0.0) or difflib.get_close_matches(path, known, 1, 0.8)
-            or difflib.get_close_matches(path, known, 1, 0.6))
+    near = difflib.get_close_matches(path, same, 1, 0.0) or _near(path, known)
     hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(GROUPS)}; `lm config` prints every field"
     return ValueError(f"config has no field {path!r}; {hint}")
+
+
+def _near(path: str, known: list[str]) -> list[str]:
+    """The known path nearest to `path`; "config.", which all share, does not count as likeness."""
+    names = difflib.get_close_matches(path.removeprefix("config."), [k.removeprefix("config.") for k in known], 1, 0.6)
+    return [f"config.{name}" for name in names]
 
 
 def apply_overrides(given: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,10 +148,8 @@ def _put(tree: dict[str, Any], known: Any, names: Sequence[str], value: Any, pat
 
 def _drop_unused(tree: dict[str, Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> None:
     """Forgets entries that the file gave for layers which an overridden pattern no longer uses."""
-    model = {**known, **tree}
-    if not all(isinstance(model.get(name), tuple) for name in ("prefix", "pattern")):
-        return  # of a wrong type: resolving says so
-    used = used_entries(model)
-    for name in [n for n, v in tree.items() if isinstance(v, Mapping) and n not in used and n not in named]:
+    used = used_entries({**known, **tree})
+    # No entry at all: a field of a wrong type, which resolving reports.
+    for name in [n for n, v in tree.items() if used and isinstance(v, Mapping) and n not in used and n not in named]:
         log.info("config.model.%s is not used by the overridden pattern and is left out", name)
         del tree[name]

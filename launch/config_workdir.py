@@ -21,6 +21,9 @@ MAY_CHANGE = (
     ("config.model.scan", "the same parameters and sums, compiled another way"),
     ("config.model.remat", "the same values, computed again or kept"),
     ("config.model.*.implementation", "the same function by another kernel, rounded its own way"),
+    ("config.data.num_threads", "batches are a function of seed and step, whoever makes them"),
+    ("config.data.num_workers", "batches are a function of seed and step, whoever makes them"),
+    ("config.data.prefetch", "batches are a function of seed and step, whoever makes them"),
     ("config.train.hang_seconds", "only when a run that hangs is ended"),
     ("config.train.steps", "a run may be made longer; schedules that end with the run are stretched from here on"),
 )
