@@ -1,0 +1,198 @@
+"""Batches as a pure function of (seed, step), and grain's background reading of them.
+
+Global row r of a run is a function of the data options, the seed, the batch-independent row number r and nothing else;
+batch `step` is rows step * B .. step * B + B - 1, of which host p of P takes the p-th of P equal slices. So the state of
+the iterator is the step, and any number of hosts, threads or workers sees the same batches.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lm.core.batch import Batch
+from lm.core.fields import check_known
+from lm.data.corpora import Corpora, load_corpora
+from lm.data.hashing import digest
+from lm.data.mixture import choose, proportions
+from lm.data.options import DataOptions, data_options
+from lm.data.rows import Rows, empty_batch, fill_rows
+from lm.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+
+
+class RowReader:
+    """Rows of a mixture by number. Small to send to worker processes: no tokenizer, no caches."""
+
+    def __init__(self, sources: list[Rows], shares: tuple[int, ...], seq_len: int) -> None:
+        self.sources, self.shares, self.seq_len = sources, shares, seq_len
+
+    def read(self, places: list[tuple[int, int] | None]) -> Batch:
+        """The batch of (source, row of that source); None gives a row of padding."""
+        batch = empty_batch(len(places), self.seq_len)
+        for number, source in enumerate(self.sources):
+            rows = [i for i, place in enumerate(places) if place is not None and place[0] == number]
+            if rows:
+                fill_rows(batch, rows, [source.pieces(places[i][1]) for i in rows], source.part.corpus)
+        return batch
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Global rows first .. first + count - 1."""
+        return self.read([choose(k, self.shares) for k in range(first, first + count)])
+
+
+class TokenDataset:
+    """One split of the data, packed for one batch size and sequence length.
+
+    num_rows_per_epoch: rows that hold every token of every source once. num_documents, num_tokens (with bos and eos),
+    num_targets and num_bytes (UTF-8) count the split. packing_efficiency: share of positions that are not padding, over
+    the mixture as it is sampled. tokenizer, split, batch_size, seq_len: as given.
+    token_bytes: [vocab_size] float64, UTF-8 bytes that a target stands for, scaled so that they add up to num_bytes over
+      the split; bits per byte is sum(weights * bits) / sum(weights * token_bytes[targets]).
+    fingerprint: of everything that decides the batches.
+    """
+
+    def __init__(self, corpora: Corpora, options: DataOptions, *, split: str, seed: int, batch_size: int,
+                 seq_len: int) -> None:
+        self.tokenizer, self.split, self.batch_size, self.seq_len = corpora.tokenizer, split, batch_size, seq_len
+        parts = getattr(corpora, split)
+        self._seed = seed
+        sources = [Rows(part, seq_len=seq_len, packing=options.packing, window=options.packing_window,
+                        shuffle=options.shuffle, seed=seed, name=name) for name, part in parts.items()]
+        # Rows are equally long, so shares of tokens are shares of rows, corrected for padding.
+        rates = [s.part.weight * (1 / s.packing_efficiency if options.mixture == "tokens"
+                                  else s.num_rows / len(s.part.documents)) for s in sources]
+        self._shares = proportions(rates)
+        self.reader = RowReader(sources, self._shares, seq_len)
+        self.num_rows_per_epoch = sum(s.num_rows for s in sources)
+        shares = np.array(self._shares) / sum(self._shares)
+        self.packing_efficiency = float(sum(shares * [s.packing_efficiency for s in sources]))
+        self.num_documents = sum(len(p.documents) for p in parts.values())
+        self.num_tokens = sum(int(p.corpus.streams[p.documents].sum()) for p in parts.values())
+        self.num_targets = self.num_tokens - self.num_documents
+        self.num_bytes = sum(int(p.corpus.table.num_bytes[p.documents].sum()) for p in parts.values())
+        counted = sum(int(p.corpus.table.token_bytes[p.documents].sum()) for p in parts.values())
+        self.token_bytes = self.tokenizer.token_bytes * (self.num_bytes / max(counted, 1))
+        self.fingerprint = digest(
+            {name: [p.corpus.fingerprint, p.weight] for name, p in parts.items()},
+            [p.documents for p in parts.values()] and np.concatenate([p.documents for p in parts.values()]),
+            [split, seed, batch_size, seq_len, options.packing, options.packing_window, options.shuffle,
+             options.mixture])
+
+    def _slice(self, process_index: int, process_count: int) -> tuple[int, int]:
+        if self.batch_size % process_count:
+            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {process_count} processes; make it a "
+                             f"multiple of {process_count}")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index must be 0 to {process_count - 1}; got {process_index}")
+        size = self.batch_size // process_count
+        return process_index * size, size
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """This process's rows of batch `step`, each field [batch_size / process_count, seq_len]."""
+        first, size = self._slice(process_index, process_count)
+        return self.reader.rows(step * self.batch_size + first, size)
+
+    def num_eval_batches(self, limit: int | None = None) -> int:
+        """How many batches `eval_batches` yields."""
+        every = math.ceil(self.num_rows_per_epoch / self.batch_size)
+        return every if limit is None else min(limit, every)
+
+    def eval_batches(self, limit: int | None = None, process_index: int = 0,
+                     process_count: int = 1) -> Iterator[Batch]:
+        """Every row of the split once, or the first `limit` batches of them; the last batch is filled up with padding.
+
+        Without shuffling of its own data the order is still mixed over the sources, so that a limited evaluation sees
+        each in proportion to its size. The rows are the same whatever the batch size.
+        """
+        first, size = self._slice(process_index, process_count)
+        sizes = [s.num_rows for s in self.reader.sources]
+        for number in range(self.num_eval_batches(limit)):
+            begin = number * self.batch_size + first
+            places = [choose(k, sizes) if k < self.num_rows_per_epoch else None for k in range(begin, begin + size)]
+            yield self.reader.read(places)
+
+    def target_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(input, target) pairs of the whole split, each once, in blocks: what n-gram counts are made from."""
+        for source in self.reader.sources:
+            yield from source.part.corpus.blocks(source.part.documents)
+
+    def describe(self) -> dict[str, Any]:
+        """Counts of the split and of each source, as plain values for logs and for the workdir."""
+        shares = np.array(self._shares) / sum(self._shares)
+        return {
+            "split": self.split, "documents": self.num_documents, "tokens": self.num_tokens, "bytes": self.num_bytes,
+            "rows_per_epoch": self.num_rows_per_epoch, "packing_efficiency": round(self.packing_efficiency, 6),
+            "vocab_size": self.tokenizer.vocab_size, "fingerprint": self.fingerprint,
+            "sources": {s.name: {
+                "documents": len(s.part.documents), "tokens": int(s.part.corpus.streams[s.part.documents].sum()),
+                "rows_per_epoch": s.num_rows, "share_of_rows": round(float(share), 6),
+                "packing_efficiency": round(s.packing_efficiency, 6),
+            } for s, share in zip(self.reader.sources, shares, strict=True)},
+        }
+
+
+def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None = None, split: str = "train",
+                  seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None) -> TokenDataset:
+    """The `split` ("train" or "validation") of the data that `options` describe.
+
+    `corpora` (from `load_corpora`) avoids reading the data again for the second split. The validation split is ordered by
+    `split_seed`, so that every run evaluates on the same rows. Raises ValueError for data that cannot be read, a split
+    without documents, or a sequence longer than all training data.
+    """
+    options = data_options(options)
+    check_known([split], SPLITS, "the data", "split")
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    corpora = load_corpora(options, tokenizer) if corpora is None else corpora
+    parts = getattr(corpora, split)
+    if not parts:
+        raise ValueError("there is no validation data: data.validation_fraction is 0 and data.validation is not given; "
+                         "set one of them, or do not evaluate")
+    inputs = sum(int(p.corpus.inputs[p.documents].sum()) for p in parts.values())
+    if split == "train" and seq_len > inputs:
+        raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to at "
+                         f"most {inputs}, or give more data")
+    return TokenDataset(corpora, options, split=split, seed=options.split_seed if split == "validation" else seed,
+                        batch_size=batch_size, seq_len=seq_len)
+
+
+class _Steps:
+    """A random-access source for grain: element i is (first + i, batch of that step)."""
+
+    def __init__(self, dataset: TokenDataset, first: int, process_index: int, process_count: int) -> None:
+        offset, self._size = dataset._slice(process_index, process_count)
+        self._reader, self._batch_size, self._first, self._offset = dataset.reader, dataset.batch_size, first, offset
+
+    def __len__(self) -> int:
+        return 1 << 48
+
+    def __getitem__(self, index: int) -> tuple[int, Batch]:
+        step = self._first + int(index)
+        return step, self._reader.rows(step * self._batch_size + self._offset, self._size)
+
+
+def iterate(dataset: TokenDataset, start_step: int = 0, *, process_index: int = 0, process_count: int = 1,
+            num_threads: int = 1, prefetch: int = 8, num_workers: int = 0) -> Iterator[tuple[int, Batch]]:
+    """(step, `dataset.batch(step)`) from `start_step` on without end, made ahead in the background by grain.
+
+    `num_threads` threads keep up to `prefetch` batches ready; 0 of either makes batches when they are asked for.
+    `num_workers` processes do it instead where above 0. Close the generator to stop the background work.
+    """
+    import grain
+
+    steps = grain.MapDataset.source(_Steps(dataset, start_step, process_index, process_count))
+    ahead = num_threads > 0 and prefetch > 0
+    reading = grain.ReadOptions(num_threads=num_threads if ahead else 0, prefetch_buffer_size=prefetch if ahead else 0)
+    batches = steps.to_iter_dataset(reading)
+    if num_workers:
+        each = max(1, prefetch // num_workers)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=each))
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -1,0 +1,71 @@
+"""The endless sequence of packed rows of one source, and how pieces become arrays.
+
+Legend: B rows, T seq_len.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lm.core.batch import Batch
+from lm.data.corpora import Part
+from lm.data.corpus import Corpus
+from lm.data.hashing import fold
+from lm.data.packing import PACKINGS, Pieces, RowOrder
+
+
+def empty_batch(batch_size: int, seq_len: int) -> Batch:
+    """Rows of padding: weight 0, segment 0, positions from 0."""
+    shape = (batch_size, seq_len)
+    zeros = lambda dtype: np.zeros(shape, dtype)
+    positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape).copy()
+    return Batch(zeros(np.int32), zeros(np.int32), zeros(np.float32), zeros(np.int32), positions)
+
+
+def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpus: Corpus) -> None:
+    """Writes the i-th pieces into row rows[i] of a batch made by `empty_batch`, in place."""
+    seq_len = batch.tokens.shape[1]
+    counts = np.array([len(p.document) for p in pieces])
+    document, start, length = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    inputs, targets, known = corpus.gather(document, start, length)
+    before = np.cumsum(length) - length  # of each piece, over all rows
+    first = np.cumsum(counts) - counts  # of each row, over all pieces
+    in_row = before - np.repeat(before[first], counts)
+    row = np.repeat(np.asarray(rows), counts)
+    position = np.arange(len(inputs)) - np.repeat(before, length)
+    at = np.repeat(row * seq_len + in_row, length) + position
+    flat = Batch(*(field.reshape(-1) for field in batch))
+    # The padding tail starts over at 0 where the documents end.
+    filled = np.add.reduceat(length, first)
+    batch.positions[np.asarray(rows)] = np.arange(seq_len, dtype=np.int32) - filled[:, None]
+    flat.tokens[at] = inputs
+    flat.targets[at] = np.where(known, targets, 0)
+    flat.weights[at] = known
+    flat.segment_ids[at] = np.repeat(np.arange(len(length)) - np.repeat(first, counts) + 1, length)
+    flat.positions[at] = position
+
+
+class Rows:
+    """Packed rows of one source. Row i is a function of (documents, options, seed, i) alone, epoch after epoch.
+
+    num_rows: rows of an epoch. num_inputs: tokens of an epoch that stand in rows.
+    """
+
+    def __init__(self, part: Part, *, seq_len: int, packing: str, window: int | None, shuffle: bool, seed: int,
+                 name: str) -> None:
+        key = fold(seed, name)
+        self.part, self.seq_len, self.name = part, seq_len, name
+        lengths = part.corpus.inputs[part.documents]
+        self._plan = PACKINGS[packing](lengths, seq_len, key=key, window=window, shuffle=shuffle)
+        self._order = RowOrder(self._plan.row_bounds, key=key, shuffle=shuffle)
+        self.num_rows, self.num_inputs = self._plan.num_rows, int(lengths.sum())
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of positions that are not padding."""
+        return self.num_inputs / (self.num_rows * self.seq_len)
+
+    def pieces(self, index: int) -> Pieces:
+        """What stands in the index-th row; `document` numbers the whole corpus."""
+        found = self._plan.pieces(*self._order(index))
+        return Pieces(self.part.documents[found.document], found.start, found.length)
