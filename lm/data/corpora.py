@@ -75,7 +75,8 @@ def load_corpora(options: DataOptions | Mapping, tokenizer: Tokenizer | None = N
     tokenizer = load_tokenizer(options) if tokenizer is None else tokenizer
     separate = options.validation_part()
     train, validation = {}, {}
-    for name, source in options.parts().items():
+    # By name: a config that went through JSON may have lost the order in which its sources were written.
+    for name, source in sorted(options.parts().items()):
         corpus = _load(name, source, options, tokenizer)
         # Documents that tokenise to nothing in prepared data have no row to stand in.
         usable = np.flatnonzero(corpus.table.num_tokens > 0)

@@ -13,6 +13,7 @@ from lm.data.encoding import Encoded
 from lm.data.hashing import digest
 from lm.data.tokenizer import Tokenizer
 
+
 class DocumentTable(NamedTuple):
     """What is known of each document without reading it, each field [N]."""
 
@@ -48,7 +49,7 @@ class Corpus:
 
     def gather(self, document: np.ndarray, start: np.ndarray, length: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets (int32) and whether the target exists (bool) of pieces, one after the other: [sum(length)]."""
+        """(inputs, targets, whether the target exists), each [sum(length)], of pieces one after the other."""
         raise NotImplementedError
 
     def blocks(self, documents: np.ndarray, size: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step), and grain's background reading of them.
 
-Global row r of a run is a function of the data options, the seed, the batch-independent row number r and nothing else;
-batch `step` is rows step * B .. step * B + B - 1, of which host p of P takes the p-th of P equal slices. So the state of
-the iterator is the step, and any number of hosts, threads or workers sees the same batches.
+Global row r of a run is a function of the data options, the seed and r. Batch `step` is rows step * B to
+step * B + B - 1, of which host p of P takes the p-th of P equal slices. So the state of the iterator is the step, and
+any number of hosts, threads or workers sees the same batches.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.core.fields import check_known
 from lm.data.corpora import Corpora, load_corpora
-from lm.data.hashing import digest
+from lm.data.hashing import digest, fold
 from lm.data.mixture import choose, proportions
 from lm.data.options import DataOptions, data_options
 from lm.data.rows import Rows, empty_batch, fill_rows
@@ -46,11 +46,12 @@ class RowReader:
 class TokenDataset:
     """One split of the data, packed for one batch size and sequence length.
 
-    num_rows_per_epoch: rows that hold every token of every source once. num_documents, num_tokens (with bos and eos),
-    num_targets and num_bytes (UTF-8) count the split. packing_efficiency: share of positions that are not padding, over
-    the mixture as it is sampled. tokenizer, split, batch_size, seq_len: as given.
-    token_bytes: [vocab_size] float64, UTF-8 bytes that a target stands for, scaled so that they add up to num_bytes over
-      the split; bits per byte is sum(weights * bits) / sum(weights * token_bytes[targets]).
+    tokenizer, split, batch_size, seq_len: as given.
+    num_rows_per_epoch: rows that hold every token of every source once.
+    num_documents, num_tokens (with bos and eos), num_targets, num_bytes (UTF-8): counts of the split.
+    packing_efficiency: share of positions that are not padding, over the mixture as it is sampled.
+    token_bytes: [vocab_size] float64, UTF-8 bytes that a target stands for, scaled so that they add up to num_bytes
+      over the split; bits per byte is sum(weights * bits) / sum(weights * token_bytes[targets]).
     fingerprint: of everything that decides the batches.
     """
 
@@ -58,9 +59,10 @@ class TokenDataset:
                  seq_len: int) -> None:
         self.tokenizer, self.split, self.batch_size, self.seq_len = corpora.tokenizer, split, batch_size, seq_len
         parts = getattr(corpora, split)
-        self._seed = seed
+        # A source that stands alone is shuffled the same whatever its name: prepared or not, the batches are equal.
+        keys = {name: fold(seed, name if len(parts) > 1 else "") for name in parts}
         sources = [Rows(part, seq_len=seq_len, packing=options.packing, window=options.packing_window,
-                        shuffle=options.shuffle, seed=seed, name=name) for name, part in parts.items()]
+                        shuffle=options.shuffle, key=keys[name], name=name) for name, part in parts.items()]
         # Rows are equally long, so shares of tokens are shares of rows, corrected for padding.
         rates = [s.part.weight * (1 / s.packing_efficiency if options.mixture == "tokens"
                                   else s.num_rows / len(s.part.documents)) for s in sources]
@@ -76,15 +78,14 @@ class TokenDataset:
         counted = sum(int(p.corpus.table.token_bytes[p.documents].sum()) for p in parts.values())
         self.token_bytes = self.tokenizer.token_bytes * (self.num_bytes / max(counted, 1))
         self.fingerprint = digest(
-            {name: [p.corpus.fingerprint, p.weight] for name, p in parts.items()},
-            [p.documents for p in parts.values()] and np.concatenate([p.documents for p in parts.values()]),
+            [[keys[name], p.corpus.fingerprint, digest(p.documents), p.weight] for name, p in parts.items()],
             [split, seed, batch_size, seq_len, options.packing, options.packing_window, options.shuffle,
              options.mixture])
 
     def _slice(self, process_index: int, process_count: int) -> tuple[int, int]:
         if self.batch_size % process_count:
-            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {process_count} processes; make it a "
-                             f"multiple of {process_count}")
+            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {process_count} processes; make "
+                             f"it a multiple of {process_count}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index must be 0 to {process_count - 1}; got {process_index}")
         size = self.batch_size // process_count
@@ -104,8 +105,8 @@ class TokenDataset:
                      process_count: int = 1) -> Iterator[Batch]:
         """Every row of the split once, or the first `limit` batches of them; the last batch is filled up with padding.
 
-        Without shuffling of its own data the order is still mixed over the sources, so that a limited evaluation sees
-        each in proportion to its size. The rows are the same whatever the batch size.
+        The sources are interleaved in proportion to their sizes, so that a limited evaluation is a fair sample. The
+        order of the rows does not depend on the batch size.
         """
         first, size = self._slice(process_index, process_count)
         sizes = [s.num_rows for s in self.reader.sources]
@@ -138,9 +139,9 @@ def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None
                   seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None) -> TokenDataset:
     """The `split` ("train" or "validation") of the data that `options` describe.
 
-    `corpora` (from `load_corpora`) avoids reading the data again for the second split. The validation split is ordered by
-    `split_seed`, so that every run evaluates on the same rows. Raises ValueError for data that cannot be read, a split
-    without documents, or a sequence longer than all training data.
+    `corpora` (from `load_corpora`) avoids reading the data again for the second split. The validation split is ordered
+    by `split_seed`, so that every run evaluates on the same rows. Raises ValueError for data that cannot be read, a
+    split without documents, or a sequence longer than all training data.
     """
     options = data_options(options)
     check_known([split], SPLITS, "the data", "split")
@@ -154,8 +155,8 @@ def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None
                          "set one of them, or do not evaluate")
     inputs = sum(int(p.corpus.inputs[p.documents].sum()) for p in parts.values())
     if split == "train" and seq_len > inputs:
-        raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to at "
-                         f"most {inputs}, or give more data")
+        raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to "
+                         f"at most {inputs}, or give more data")
     return TokenDataset(corpora, options, split=split, seed=options.split_seed if split == "validation" else seed,
                         batch_size=batch_size, seq_len=seq_len)
 
@@ -183,7 +184,10 @@ def iterate(dataset: TokenDataset, start_step: int = 0, *, process_index: int = 
     `num_workers` processes do it instead where above 0. Close the generator to stop the background work.
     """
     import grain
+    from absl import flags
 
+    if num_workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which only absl.app parses by itself
     steps = grain.MapDataset.source(_Steps(dataset, start_step, process_index, process_count))
     ahead = num_threads > 0 and prefetch > 0
     reading = grain.ReadOptions(num_threads=num_threads if ahead else 0, prefetch_buffer_size=prefetch if ahead else 0)

@@ -13,9 +13,10 @@ def proportions(rates: Sequence[float]) -> tuple[int, ...]:
 def choose(k: int, shares: Sequence[int]) -> tuple[int, int]:
     """(source, number of rows of that source before this one) for row k.
 
-    The sources are interleaved evenly: among the first n rows, source i has had n * share_i / sum(shares) of them, give or
-    take less than one for each source before it in the list. The method is the one of `grain.MapDataset.mix` (first the
-    rows of source 0, evenly spaced, then the others among the rest), which rounds shares to a percent of the smallest.
+    The sources are interleaved evenly: among the first n rows, source i has had n * share_i / sum(shares) of them,
+    give or take less than one for each source up to it in the list. The method is the one of `grain.MapDataset.mix`
+    (first the rows of source 0, evenly spaced, then the others among the rest), which would round the shares to a
+    hundredth of the smallest.
     """
     rest, before, after = sum(shares), k, k + 1
     for source, share in enumerate(shares[:-1]):

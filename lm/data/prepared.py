@@ -1,8 +1,8 @@
 """Reads what `lm data prepare` wrote: tokens in array_record shards beside a manifest.
 
 Layout of the folder: manifest.json, documents.npy (uint64 [4, N]: the columns of `DocumentTable`), shards
-tokens-<n>.array_record, and tokenizer/<file> where the tokenizer has one. A record holds up to `record_tokens` tokens of
-one document as unsigned little-endian integers; documents, and the records of each, follow each other over the shards.
+tokens-<n>.array_record, and tokenizer/<file> where the tokenizer has one. A record holds up to `record_tokens` tokens
+of one document as unsigned little-endian integers; documents, and the records of each, follow each other over shards.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ def read_manifest(path: str | Sequence[str] | None) -> dict[str, Any]:
                          f"name several in data.sources")
     folder = epath.Path(path).expanduser()
     if not (folder / MANIFEST).exists():
-        raise ValueError(f"no prepared data at {path!r} ({MANIFEST} is missing); make it with `lm data prepare --source "
-                         f"... --out {path}`")
+        raise ValueError(f"no prepared data at {path!r} ({MANIFEST} is missing); make it with `lm data prepare "
+                         f"--source ... --out {path}`")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except json.JSONDecodeError as error:

@@ -10,7 +10,6 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.data.corpora import Part
 from lm.data.corpus import Corpus
-from lm.data.hashing import fold
 from lm.data.packing import PACKINGS, Pieces, RowOrder
 
 
@@ -51,9 +50,8 @@ class Rows:
     num_rows: rows of an epoch. num_inputs: tokens of an epoch that stand in rows.
     """
 
-    def __init__(self, part: Part, *, seq_len: int, packing: str, window: int | None, shuffle: bool, seed: int,
+    def __init__(self, part: Part, *, seq_len: int, packing: str, window: int | None, shuffle: bool, key: int,
                  name: str) -> None:
-        key = fold(seed, name)
         self.part, self.seq_len, self.name = part, seq_len, name
         lengths = part.corpus.inputs[part.documents]
         self._plan = PACKINGS[packing](lengths, seq_len, key=key, window=window, shuffle=shuffle)
