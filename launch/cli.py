@@ -150,11 +150,12 @@ def _run(command: str, argv: Sequence[str]) -> int:
     from launch.accelerators import choose_platform
     from launch.compile_cache import enable_compile_cache
     from launch.console import set_up_logging
-    choose_platform()  # before any subcommand can import jax
+    note = choose_platform()  # before any subcommand can import jax
     try:
         args = parse(command, argv)
     except SystemExit as done:  # --help
         return int(done.code or 0)
+    args.platform_note = note
     set_up_logging(args.verbose)
     enable_compile_cache(args.compile_cache)
     return importlib.import_module(COMMANDS[command][0]).main(args) or 0

@@ -23,7 +23,7 @@ def set_up_logging(verbosity: int = 0) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(message)s"))
     root = logging.getLogger()
-    for old in root.handlers[:]:
+    for old in [h for h in root.handlers if isinstance(h.formatter, Formatter)]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
