@@ -1,6 +1,7 @@
 """`lm data prepare` turns text into tokens on disk; `lm data show` prints packed rows as the model will see them."""
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -95,8 +96,8 @@ def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
     options = data_options(given)
     parts = options.parts()
     if len(parts) > 1:
-        raise ValueError(f"lm data prepare takes one source at a time; the config mixes {', '.join(parts)}; prepare each "
-                         f"with --source and --path, and mix the folders with source='array_record'")
+        raise ValueError(f"lm data prepare takes one source at a time; the config mixes {', '.join(parts)}; prepare "
+                         f"each with --source and --path, and mix the folders with source='array_record'")
     source = next(iter(parts.values()))
     if source.kind == "array_record":
         raise ValueError("the source is prepared already (array_record); name the text it was made from")
@@ -144,7 +145,7 @@ def row_lines(batch: Any, tokenizer: Any, row: int, *, marks: bool) -> Iterator[
                     f"{positions[inside[-1]]}, {int((weights[inside] > 0).sum())} targets\n    ", style="cyan")
         cuts = [0, *(i for i in range(1, len(inside)) if (weights[inside[i]] > 0) != (weights[inside[i - 1]] > 0)),
                 len(inside)]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             text = tokenizer.decode(batch.tokens[0, inside[begin:end]]).replace("\n", "↵")
             if weights[inside[begin]] > 0:
                 line.append(text, style="not bold default")
