@@ -147,9 +147,11 @@ def _disk(workdir: str | None) -> tuple[dict[str, Any], list[Problem]]:
     folder = pathlib.Path(workdir or ".").absolute()
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     free, writable = shutil.disk_usage(folder).free, os.access(folder, os.W_OK)
-    problems = [] if free > LOW_DISK_BYTES else [
-        Problem(NOTE, f"{free / 2**30:.1f} GiB free for the workdir; a checkpoint holds parameters and moments (AdamW: 12 "
-                "bytes a parameter), and several are kept", "lower config.checkpoint.keep, or use another --workdir")]
+    problems = []
+    if free < LOW_DISK_BYTES:
+        problems.append(Problem(
+            NOTE, f"{free / 2**30:.1f} GiB free for the workdir; a checkpoint holds parameters and moments (12 bytes a "
+            "parameter with AdamW), and several are kept", "lower config.checkpoint.keep, or use another --workdir"))
     if not writable:
         problems.append(Problem(BROKEN, f"{folder} cannot be written", "choose another --workdir"))
     return {"folder": str(folder), "free_bytes": free, "writable": writable}, problems
