@@ -70,7 +70,8 @@ def keep_top_p(logits: Array, p: float) -> Array:
 
 
 def keep_min_p(logits: Array, p: float) -> Array:
-    """The tokens at least p times as probable as the most probable one, the rest minus infinity (Nguyen et al. 2024)."""
+    """The tokens at least p times as probable as the most probable one, the rest minus infinity (Nguyen et al.
+    2024)."""
     if p <= 0:
         return logits
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf)
