@@ -91,7 +91,7 @@ def test_a_rule_that_matches_nothing_names_the_nearest_parameters():
 
 
 def test_muon_on_a_vector_is_refused_and_on_a_stack_of_matrices_is_not():
-    with pytest.raises(ValueError, match="norm0/scale.*no matrix"):
+    with pytest.raises(ValueError, match=r"norm0/scale.*no matrix"):
         rows(rules=({"match": "norm0/scale", "optimizer": "muon"},))
     assert rows(rules=({"match": "moe", "optimizer": "muon"},))["stack/pattern_0/moe/up/kernel"].optimizer == "muon"
 
