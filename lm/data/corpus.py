@@ -38,7 +38,7 @@ class Corpus:
         for wanted, name in ((add_bos, "bos"), (add_eos, "eos")):
             if wanted and getattr(tokenizer, f"{name}_id") is None:
                 how = "dict(kind='bytes', {0}_id=256)" if type(tokenizer).__name__ == "Bytes" else "its {0} option"
-                raise ValueError(f"data.add_{name} needs a tokenizer with a {name} id; set data.tokenizer with "
+                raise ValueError(f"data.add_{name} needs a tokenizer that knows {name}; set data.tokenizer with "
                                  f"{how.format(name)}, or data.add_{name}=False")
         self.table = table
         self.bos = tokenizer.bos_id if add_bos else None
