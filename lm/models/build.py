@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lm.core.fields import check_known, did_you_mean, field_types, fill, option
+from lm.core.fields import did_you_mean, field_types, fill, option
 from lm.core.sharding import shardings
 from lm.core.types import Apply, Key, Params
 from lm.layers import LAYERS
@@ -62,8 +62,9 @@ def entry_names(blocks: tuple[str, ...]) -> list[str]:
 def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """The complete `model` group: defaults filled, every entry that `prefix` and `pattern` use present and filled.
 
-    Raises ValueError, naming the field, for unknown names, wrong types, entries that nothing uses, and layers that do
-    not fit the width.
+    An entry that the pattern does not use is kept and checked like the others, so that a sweep may vary the pattern.
+
+    Raises ValueError, naming the field, for unknown names, wrong types, and layers that do not fit the width.
     """
     own = field_types(ModelOptions)
     entries = {name: dict(value) for name, value in given.items() if isinstance(value, Mapping) and name not in own}
@@ -76,13 +77,13 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
     repeats_of(made)
     used = entry_names(made.prefix + made.pattern)
-    check_known(entries, used, "config.model", "entry that prefix or pattern uses:")
     out = dict(options)
-    for name in used:
+    for name in dict.fromkeys((*used, *entries)):
         given_entry = entries.get(name, {})
         kind = given_entry.get("kind", name)
         if kind not in LAYERS:
-            raise ValueError(f"config.model.pattern names {name!r}, and there is no layer of kind {kind!r}"
+            what = "config.model.pattern names" if name in used else "config.model has an entry"
+            raise ValueError(f"{what} {name!r}, and there is no layer of kind {kind!r}"
                              f"{did_you_mean(kind, LAYERS)}; layers: {', '.join(sorted(LAYERS))}")
         fields = {k: v for k, v in given_entry.items() if k != "kind"}
         filled = fill(LAYERS[kind], fields, f"config.model.{name}")

@@ -89,7 +89,7 @@ class DecoderLM(nn.Module):
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
         if not self.tie_embeddings and "head" in self.variables.get("lora", {}):
-            adapter = self.variables["lora"]["head"]["kernel"]
+            adapter = self.variables["lora"]["head"]
             x, head = with_adapter(x, head, adapter["a"], adapter["b"])
         return Output(x, head, DecoderState(following, after), aux)
 

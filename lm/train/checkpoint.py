@@ -1,0 +1,128 @@
+"""Checkpoints: step, parameters, optimizer, objective's carry, RNG and the position in the data, as one unit.
+
+<workdir>/checkpoints/<step>/state holds the arrays, .../meta what identifies the data. Orbax writes into a temporary
+folder and renames it when everything is there, so that a half-written checkpoint is never chosen.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from lm.train.options import CheckpointOptions
+from lm.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, workdir: epath.PathLike, options: CheckpointOptions):
+        keep = [policies.LatestN(options.keep)]
+        if options.keep_best:
+            keep.append(policies.BestN(get_metric_fn=lambda m: m[options.best_metric], reverse=True,
+                                       n=options.keep_best, keep_checkpoints_without_metrics=False))
+        self._options = options
+        self._folder = epath.Path(workdir) / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
+                enable_async_checkpointing=True))
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any],
+             metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to save the state after `step` updates; does nothing where that step is saved already."""
+        if step in self._manager.all_steps():
+            return
+        best = {name: value for name, value in (metrics or {}).items() if name == self._options.best_metric}
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
+                                                         meta=ocp.args.JsonSave(dict(meta))), metrics=best or None)
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """(state, meta) of a step, the newest by default, on the devices and in the shardings that `abstract` names."""
+        step = self._choose(step)
+        try:
+            out = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(f"checkpoint {self._folder / str(step)} does not fit this config or is damaged: {error}. "
+                             f"Start with the config it was made by, or delete that folder to go on from the one "
+                             f"before") from error
+        return TrainState(*out["state"]), dict(out["meta"])
+
+    def _choose(self, step: int | None) -> int:
+        steps = self.steps
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self._folder}; train there first, or check the path")
+        if step is not None and step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self._folder}; there are {steps}")
+        return steps[-1] if step is None else step
+
+    def wait(self) -> None:
+        """Until everything that was saved is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Iterator[Checkpoints]:
+    """`Checkpoints` that is closed at the end, whatever happens."""
+    checkpoints = Checkpoints(workdir, options)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = None, *,
+                   ema: bool = False) -> tuple[Any, int]:
+    """(parameters, step) of a run without its optimizer: for evaluation, sampling and `init_from`.
+
+    abstract: tree of `jax.ShapeDtypeStruct` for the variables to load, with shardings where they should go; None loads
+    everything as it was saved, on the default device.
+    ema: the averaged parameters instead, where the run kept them.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    if not folder.exists():
+        raise FileNotFoundError(f"no checkpoint in {folder}; train there first, or check the path")
+    steps = ocp.utils.checkpoint_steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"no complete checkpoint in {folder}; train there first, or check the path")
+    if step is not None and step not in steps:
+        raise ValueError(f"no checkpoint of step {step} in {folder}; there are {sorted(steps)}")
+    step = max(steps) if step is None else step
+    name = "ema" if ema else "params"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        path = folder / str(step) / "state"
+        saved = reader.metadata(path).item_metadata.tree
+        if saved.get(name) is None:
+            raise ValueError(f"checkpoint {path} holds no {name!r}")
+        if abstract is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved[name])
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(
+            item={name: abstract}, partial_restore=True,
+            restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract})))
+    return tree[name], step

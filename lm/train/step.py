@@ -1,0 +1,111 @@
+"""The train step: one pure function from (state, batch) to (state, metrics).
+
+Accumulation is exact: every term is divided by its count over the whole batch, so that microbatches, padding and masks
+change the gradient by rounding only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.core.batch import Batch
+from lm.core.sharding import constrain
+from lm.core.types import Apply, Array, Carry, Key, Mean, Objective, Params, add_means
+from lm.losses.base import weight_at
+from lm.optim.builder import Optimizer
+from lm.optim.ema import ema_update
+from lm.optim.trainable import restore, select
+from lm.train.state import TrainState
+
+
+def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *, microbatches: int = 1,
+                    skip_nonfinite: bool = False,
+                    per_microbatch: bool = False) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The function that a run jits, with its state donated.
+
+    A step whose loss or gradient is not finite changes nothing but `bad_step` (or, with skip_nonfinite, the count of
+    skips and the step). Metrics are scalars, keyed `train/...`.
+
+    Raises ValueError for terms that do not add up over microbatches, unless per_microbatch.
+    """
+    if microbatches > 1 and objective.not_additive and not per_microbatch:
+        raise ValueError(
+            f"{', '.join(objective.not_additive)} does not add up over microbatches: use train.microbatches=1, or "
+            f"train.per_microbatch=True to compute it in each microbatch alone")
+
+    def gradient(trainable, frozen, carry, batch, counts, step, key):
+        def loss(trainable):
+            params = restore(trainable, frozen, optimizer.trainable_mask)
+            means, after, metrics = objective(apply, params, carry, batch, key)
+            total = sum(weight_at(objective.weights[name], step) * mean.total / jnp.where(counts[name] == 0, 1,
+                                                                                         counts[name])
+                        for name, mean in means.items())
+            return total, (means, after, metrics)
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        step_key = jax.random.fold_in(state.key, state.step)
+        counts = objective.counts(batch)
+        trainable = select(state.params, optimizer.trainable_mask)
+        loss, grads, (means, carry, metrics) = accumulate(
+            lambda carry, part, key: gradient(trainable, state.params, carry, part, counts, state.step, key),
+            state.carry, batch, step_key, microbatches)
+
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        ok = finite & (state.bad_step < 0)
+        new = (params, opt_state, carry, ema)
+        old = (state.params, state.opt_state, state.carry, state.ema)
+        params, opt_state, carry, ema = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        bad = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+        after = TrainState(
+            step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema=ema, key=state.key,
+            bad_step=state.bad_step if skip_nonfinite else bad, skips=jnp.where(finite, 0, state.skips + 1))
+        report = {
+            "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": optimizer.schedule(state.step),
+            "train/tokens": jnp.sum(batch.present, dtype=jnp.float32), "train/skips": after.skips,
+            "train/bad_step": after.bad_step,
+            **{f"train/{name}": mean.value for name, mean in {**means, **metrics}.items()},
+        }
+        return after, report
+
+    return train_step
+
+
+def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch: Batch, key: Key,
+               microbatches: int) -> tuple[Array, Params, tuple[Mapping[str, Mean], Carry, Mapping[str, Mean]]]:
+    """(loss, gradient, (means, carry, metrics)) of a batch, in one piece or summed over microbatches in order.
+
+    Microbatch m takes rows m, m + M, m + 2M, ...: each device gives the same share of its own rows to every one.
+    """
+    if microbatches == 1:
+        (loss, aux), grads = gradient(carry, batch, key)
+        return loss, grads, aux
+
+    def cut(leaf):
+        leaf = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:]).swapaxes(0, 1)
+        return constrain(leaf, None, "batch", "length")
+
+    parts = jax.tree.map(cut, batch)
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    shapes = jax.eval_shape(gradient, carry, first, key)
+    (loss, (means, _, metrics)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(sums, inputs):
+        loss, grads, means, metrics, carry = sums
+        index, part = inputs
+        (l, (m, carry, r)), g = gradient(carry, part, jax.random.fold_in(key, index))
+        return (loss + l, jax.tree.map(jnp.add, grads, g), add_means(means, m), add_means(metrics, r), carry), None
+
+    (loss, grads, means, metrics, carry), _ = jax.lax.scan(
+        body, (loss, grads, means, metrics, carry), (jnp.arange(microbatches), parts))
+    return loss, grads, (means, carry, metrics)
