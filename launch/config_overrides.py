@@ -2,16 +2,13 @@
 
 import copy
 import difflib
-import logging
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launch.config_groups import GROUPS, group_types, known_group, used_entries
+from launch.config_groups import GROUPS, group_types, known_group
 from launch.config_values import guess, parse, plain
-
-log = logging.getLogger(__name__)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "config") -> dict[str, Any]:
@@ -91,8 +88,6 @@ def _apply_group(group: str, tree: dict[str, Any], known: Mapping[str, Any],
         if isinstance(value, str):
             value = _by_example(value, known, names) if hint is None else parse(value, hint)
         _put(tree, known, names, plain(value, path), path, keep_defaults=group != "model" or _is_dict(hints, names))
-    if group == "model" and any(names[0] in ("pattern", "prefix") for names, _ in inner):
-        _drop_unused(tree, known, named)
     return tree
 
 
@@ -144,12 +139,3 @@ def _put(tree: dict[str, Any], known: Any, names: Sequence[str], value: Any, pat
             tree[name] = copy.deepcopy(dict(known)) if keep_defaults and isinstance(known, Mapping) else {}
         tree = tree[name]
     tree[names[-1]] = value
-
-
-def _drop_unused(tree: dict[str, Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> None:
-    """Forgets entries that the file gave for layers which an overridden pattern no longer uses."""
-    used = used_entries({**known, **tree})
-    # No entry at all: a field of a wrong type, which resolving reports.
-    for name in [n for n, v in tree.items() if used and isinstance(v, Mapping) and n not in used and n not in named]:
-        log.info("config.model.%s is not used by the overridden pattern and is left out", name)
-        del tree[name]
