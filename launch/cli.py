@@ -90,7 +90,10 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of a subcommand, with `overrides`: [(path, text)]. Raises UsageError for an unknown flag."""
     rest, overrides = extract_overrides(argv)
     parser = make_parser(command)
-    args, unknown = parser.parse_known_args(rest)
+    try:
+        args, unknown = parser.parse_known_intermixed_args(rest)  # words may stand before and after flags
+    except TypeError:  # not with subparsers
+        args, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = sorted(set(re.findall(r"--[a-z][\w-]*", parser.format_help())))
         what = "flag" if unknown[0].startswith("-") else "argument"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 OWN = ("launch", "lm", "experiments", "pallas_kernels")
 # These report routine events as warnings (unfinished temporary folders, absent plugins, donated buffers).
@@ -18,12 +19,21 @@ class Formatter(logging.Formatter):
         return f"{prefix}{'' if own else f'{record.name}: '}{super().format(record)}"
 
 
+class StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at that moment: a live progress line replaces it while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def set_up_logging(verbosity: int = 0) -> None:
     """Routes all logging to stderr. verbosity 0: our messages, errors of libraries; 1: theirs too; 2: debug."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(Formatter("%(message)s"))
     root = logging.getLogger()
-    for old in [h for h in root.handlers if isinstance(h.formatter, Formatter)]:
+    for old in [h for h in root.handlers if isinstance(h, StderrHandler)]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
