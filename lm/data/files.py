@@ -1,5 +1,6 @@
 """From what a user names (file, folder, glob, something inside a package) to a list of files, local or gs://."""
 
+import fnmatch
 import gzip
 import importlib.util
 from collections.abc import Iterator
@@ -24,6 +25,23 @@ def package_folder(package: str) -> epath.Path:
     return epath.Path(next(iter(spec.submodule_search_locations)))
 
 
+def _matches(base: epath.Path, parts: tuple[str, ...]) -> Iterator[epath.Path]:
+    """What a pattern, divided at its slashes, matches under `base`. (epath's own glob refuses `**`.)"""
+    head, rest = parts[0], parts[1:]
+    if head == "**":
+        yield from _matches(base, rest or ("*",))
+        for path in base.iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _matches(path, parts)
+        return
+    for path in base.iterdir():
+        if fnmatch.fnmatchcase(path.name, head) and (head.startswith(".") or not path.name.startswith(".")):
+            if not rest:
+                yield path
+            elif path.is_dir():
+                yield from _matches(path, rest)
+
+
 def find_files(path: str, suffixes: tuple[str, ...], *, package: str | None = None) -> list[epath.Path]:
     """Files in sorted order: the file itself, what a glob matches, or everything under a folder that ends in one of
     `suffixes`. Raises ValueError where nothing is found."""
@@ -31,13 +49,13 @@ def find_files(path: str, suffixes: tuple[str, ...], *, package: str | None = No
     parts = whole.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in _GLOB)), None)
     if first is not None and not whole.exists():
-        base, pattern = epath.Path(*parts[:first]), "/".join(parts[first:])
-        found = sorted(p for p in base.glob(pattern) if p.is_file()) if base.exists() else []
+        base = epath.Path(*parts[:first])
+        found = sorted({p for p in _matches(base, parts[first:]) if p.is_file()}) if base.is_dir() else []
         if not found:
             raise ValueError(f"no file matches {str(whole)!r}; check the pattern, which may use *, ? and **")
         return found
     if whole.is_dir():
-        found = sorted(p for p in whole.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+        found = sorted({p for p in _matches(whole, ("**", "*")) if p.name.endswith(suffixes) and p.is_file()})
         if not found:
             raise ValueError(f"folder {str(whole)!r} holds no file ending in {' or '.join(suffixes)}; name other files "
                              f"with a glob such as {str(whole / '*')!r}")
