@@ -1,6 +1,6 @@
 """What an evaluation is: a function that yields names and values."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from lm.core.types import Apply, Key, Params
 
@@ -24,7 +24,7 @@ def by_set(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """"eval/<set>/<metric>": value as {set: {metric: value}}, in the order of the names; other names are left out."""
     out: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        parts: Sequence[str] = name.split("/")
+        parts = name.split("/")
         if len(parts) == 3 and parts[0] == "eval":
             out.setdefault(parts[1], {})[parts[2]] = value
     return out

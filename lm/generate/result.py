@@ -37,6 +37,11 @@ class Timing:
     compile_seconds: float = 0.0
     state_bytes: int = 0
 
+    def __add__(self, other: "Timing") -> "Timing":
+        """Both batches, one after the other: everything adds up but the state, of which the larger counts."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        return Timing(**{**sums, "state_bytes": max(self.state_bytes, other.state_bytes)})
+
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second over all rows; 0 where there was nothing to time."""

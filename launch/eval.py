@@ -1,0 +1,137 @@
+"""`lm eval`: evaluates a checkpoint on the run's validation split and on further files."""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+BASELINE = "bigram"
+FOLDER = "eval"
+_COLUMNS = (("loss", "loss (nats)", ".4f"), ("perplexity", "perplexity", ".3f"),
+            ("bits_per_byte", "bits per byte", ".4f"), ("accuracy", "accuracy", ".2%"),
+            ("baseline_bits_per_byte", "bigram, bits per byte", ".4f"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `lm eval`."""
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", dest="sets",
+                        help="a text, JSONL or parquet file, folder or glob, besides those of the config; repeat it "
+                             "for several")
+    parser.add_argument("--only-sets", action="store_true", help="leave out the validation split of the run")
+    parser.add_argument("--batches", type=int, metavar="N",
+                        help="at most N batches of each set (default: eval.batches of the config)")
+    parser.add_argument("--baseline", action=argparse.BooleanOptionalAction,
+                        help="print a bigram fitted on the training split beside it (default: eval.baseline)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluates, prints, and keeps the numbers in <workdir>/eval/<step>.json."""
+    if args.workdir is None or args.config is not None:
+        raise ValueError("lm eval needs --workdir RUN, the folder of a run, and takes the config from there; "
+                         "--config.GROUP.FIELD=VALUE changes a field of it")
+    if args.batches is not None and args.batches < 1:
+        raise ValueError(f"--batches must be at least 1; got {args.batches}")
+    given = parse_sets(args.sets)
+    from launch.restore import open_run
+    run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
+    metrics = measure(run, given, args)
+    keep(args.workdir, run.step, metrics, ema=args.ema)
+    if args.json:
+        print(json.dumps({"step": run.step, "ema": args.ema, "metrics": plain(metrics)}, indent=2))
+    else:
+        print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
+    return 0
+
+
+def parse_sets(words: list[str]) -> dict[str, str]:
+    """{name: path} of NAME=PATH words; raises ValueError for other words and names given twice."""
+    out: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path) or "/" in name or name in out:
+            raise ValueError(f"--set takes NAME=PATH, each name once and without '/'; got {word!r}")
+        out[name] = path
+    return out
+
+
+def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace) -> dict[str, float]:
+    """All metrics of an opened run: `eval/<set>/<metric>`."""
+    import jax
+
+    from launch import config as configs
+    from lm.eval.base import evaluate
+    from lm.eval.options import VALIDATION
+    from lm.eval.perplexity import Perplexity
+    from lm.eval.sets import load_text, set_of
+    options, data = configs.options(run.config, "eval"), configs.options(run.config, "data")
+    size = {"batch_size": run.config.train.batch_size, "seq_len": run.config.train.seq_len}
+    paths = {**options.sets, **given}
+    if VALIDATION in paths:
+        raise ValueError(f"--set {VALIDATION}=... is the name of the run's own split; choose another")
+    baseline = options.baseline if args.baseline is None else args.baseline
+    corpora = None
+    if baseline or not args.only_sets:
+        from lm.data.corpora import load_corpora
+        corpora = load_corpora(data, run.tokenizer)
+    datasets = {}
+    if not args.only_sets and corpora.validation:
+        from lm.data.loader import build_dataset
+        datasets[VALIDATION] = build_dataset(data, split="validation", corpora=corpora, **size)
+    datasets |= {name: load_text(path, data, run.tokenizer, **size) for name, path in paths.items()}
+    if not datasets:
+        raise ValueError("there is nothing to evaluate: the run has no validation split and no sets; give "
+                         "--set NAME=PATH")
+    limit = options.batches if args.batches is None else args.batches
+    sets = {name: set_of(dataset, limit) for name, dataset in datasets.items()}
+    with jax.set_mesh(run.mesh):
+        metrics = evaluate([Perplexity(sets)], run.apply, run.params)
+    return {**metrics, **(bigram(data, corpora, sets, size, run.config.train.seed) if baseline else {})}
+
+
+def bigram(data: Any, corpora: Any, sets: Mapping[str, Any], size: Mapping[str, int], seed: int) -> dict[str, float]:
+    """Bits per byte of the interpolated bigram of the training split, on the same targets."""
+    from lm.data.loader import build_dataset
+    from lm.data.ngram import fit_bigram
+    model = fit_bigram(build_dataset(data, split="train", seed=seed, corpora=corpora, **size))
+    return {f"eval/{name}/baseline_bits_per_byte": model.score(given.batches(), given.token_bytes).bits_per_byte
+            for name, given in sets.items()}
+
+
+def keep(workdir: str, step: int, metrics: Mapping[str, float], *, ema: bool = False) -> None:
+    """Adds the metrics to <workdir>/eval/<step>.json (`<step>-ema.json` for averaged parameters); a metric that is
+    there already takes its new value."""
+    from etils import epath
+
+    from launch.config_workdir import write_text
+    path = epath.Path(workdir) / FOLDER / f"{step}{'-ema' if ema else ''}.json"
+    old = json.loads(path.read_text())["metrics"] if path.exists() else {}
+    write_text(path, json.dumps({"step": step, "ema": ema, "metrics": {**old, **plain(metrics)}}, indent=2) + "\n")
+
+
+def plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics as JSON can hold them: null for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def print_table(metrics: dict[str, float], title: str) -> None:
+    """One line a set."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lm.eval.base import by_set
+    rows = by_set(metrics)
+    shown = [column for column in _COLUMNS if any(column[0] in row for row in rows.values())]
+    table = Table(title=title, title_justify="left")
+    table.add_column("set")
+    for _, heading, _ in shown:
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(format(row[key], form) if key in row else "" for key, _, form in shown))
+    Console(highlight=False, soft_wrap=True).print(table)
