@@ -1,5 +1,6 @@
 """From what a user names (file, folder, glob, something inside a package) to a list of files, local or gs://."""
 
+import contextlib
 import fnmatch
 import gzip
 import importlib.util
@@ -68,10 +69,15 @@ def find_files(path: str, suffixes: tuple[str, ...], *, package: str | None = No
     return [whole]
 
 
-def open_binary(path: epath.Path) -> BinaryIO:
+@contextlib.contextmanager
+def open_binary(path: epath.Path) -> Iterator[BinaryIO]:
     """The file for reading, decompressed where its name ends in .gz."""
-    file = path.open("rb")
-    return gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
+    with path.open("rb") as file:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=file) as inflated:
+                yield inflated
+        else:
+            yield file
 
 
 def read_text(path: epath.Path) -> str:

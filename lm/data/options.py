@@ -58,16 +58,17 @@ class SourceOptions:
 class DataOptions(SourceOptions):
     """Text or tokens in, packed rows out."""
 
-    sources: dict = option({}, "a mixture: name -> dict(source=..., path=..., weight=...); excludes `source`")
+    sources: dict = option(  # noqa: RUF009
+        {}, "a mixture: name -> dict(source=..., path=..., weight=...); excludes `source`")
     mixture: str = option("tokens", "what the weights of a mixture count: tokens or documents")
-    validation: dict = option({}, "a source of its own for validation, dict(source=..., path=...); nothing is then "
-                                  "held out of the training data")
+    validation: dict = option(  # noqa: RUF009
+        {}, "a source of its own for validation, dict(source=..., path=...); nothing is then held out of training")
     validation_fraction: float | None = option(None, "share of documents held out, chosen by a hash of their content; "
                                                      "None is what prepared data says, else 0.05; 0 holds out nothing")
     split_seed: int = option(0, "seed of that choice; independent of the training seed")
-    tokenizer: str | dict | None = option(None, "'bytes' or dict(kind=..., path=...) with kind bytes, tokenizers, "
-                                                "sentencepiece, tiktoken or rwkv_world; None is what prepared data was "
-                                                "made with, else bytes")
+    tokenizer: str | dict | None = option(  # noqa: RUF009
+        None, "'bytes' or dict(kind=..., path=...) with kind bytes, tokenizers, sentencepiece, tiktoken or rwkv_world; "
+              "None is what prepared data was made with, else bytes")
     add_bos: bool = option(False, "begin documents with the tokenizer's bos id, so that the first token is predicted")
     add_eos: bool = option(False, "predict the tokenizer's eos id after the last token of every document")
     packing: str = option("first_fit", "first_fit keeps documents up to seq_len whole; concat joins and cuts them")

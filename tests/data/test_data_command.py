@@ -38,7 +38,8 @@ def test_show_reads_a_config_and_flags_override_it(tmp_path, text, capsys):
     config = tmp_path / "experiment.py"
     config.write_text("from ml_collections import ConfigDict\n\n\ndef get_config():\n"
                       f"    return ConfigDict(dict(data=dict(source='text', path={str(text)!r}, separator='\\n\\n'), "
-                      "train=dict(seq_len=40)))\n", encoding="utf-8")
+                      "model=dict(embed_dim=8, num_layers=1, attention=dict(num_heads=2)), train=dict(seq_len=40)))\n",
+                      encoding="utf-8")
     code, printed, _ = run(capsys, "show", "--config", config, "--rows", 1, "--config.data.packing=concat")
     assert code == 0 and "positions, " in printed and "of 40 positions" in printed
     code, printed, _ = run(capsys, "show", "--config", config, "--source", "pydoc", "--seq-len", 64, "--rows", 1)

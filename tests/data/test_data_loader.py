@@ -1,5 +1,6 @@
 """Batches: the contract of lm.core.batch, and pure functions of (seed, step) on any number of hosts."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_every_next_token_of_every_document_is_a_target_once(texts, seq_len, pac
     want_pairs, want_inputs = [], []
     for text in texts:
         stream = [256] * bos + list(text.encode()) + [257] * eos
-        want_pairs += list(zip(stream, stream[1:], strict=False))
+        want_pairs += list(itertools.pairwise(stream))
         want_inputs += stream[:-1] if eos else stream
     pairs, inputs = [], []
     for row in range(data.num_rows_per_epoch):

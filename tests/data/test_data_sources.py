@@ -82,9 +82,9 @@ def test_jsonl_mistakes_name_file_and_line(tmp_path):
 
 def test_parquet_reads_a_column_and_names_the_columns_there_are(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", "two"], "n": [1, 2]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
     assert read(source="parquet", path=str(tmp_path)) == ["one", "two"]
     fails("has no column 'body'; its columns are text, n", source="parquet", path=str(tmp_path), text_field="body")
     (tmp_path / "a.parquet").write_bytes(b"PAR0" * 9)
