@@ -8,7 +8,7 @@ import pytest
 
 from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
-from lm.optim.storage import round_stochastically, store_in_bfloat16
+from lm.optim.storage import random_bits, round_stochastically, store_in_bfloat16
 
 
 @pytest.mark.parametrize("value", [1.001, -3.1415927, 1e-6, -2.3e20, 0.1])
@@ -20,6 +20,14 @@ def test_rounding_is_unbiased_and_to_a_neighbour(value):
     assert gap <= abs(value) / 128
     # The mean of n draws of a two-point distribution is within 5 standard errors of its expectation.
     assert abs(got.mean() - np.float64(np.float32(value))) < 5 * gap / 2 / np.sqrt(len(got))
+
+
+def test_random_bits_are_uniform_and_independent_of_their_neighbours_and_of_the_step():
+    first, later = (np.asarray(random_bits((64, 1024), jax.random.key(seed))) for seed in (0, 1))
+    counts = np.bincount(first.ravel() >> 8, minlength=256)
+    assert first.max() < 2**16 and np.sum((counts - 256) ** 2 / 256) < 256 + 5 * np.sqrt(2 * 256)
+    for a, b in ((first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (first, later)):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size)
 
 
 def test_what_bfloat16_holds_is_kept_and_so_are_infinities():
