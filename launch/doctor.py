@@ -47,12 +47,13 @@ def examine(workdir: str | None = None, compile_cache: str | None = None,
     problems = [*known_problems(facts), *unmet_requirements(versions, requires)]
     machine, device_problems = _devices()
     problems += device_problems
+    processes, process_problems = _processes()
     disk, disk_problems = _disk(workdir)
-    problems += disk_problems
+    problems += [*process_problems, *disk_problems]
     return {
         "versions": {"python": sys.version.split()[0], **versions},
         "machine": {"device_files": list(facts.devices), **machine, "platform_note": platform_note,
-                    "distributed": distributed_environment(),
+                    "start": processes,
                     "variables": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}},
         "runs_as": {} if "platform" not in machine else runs_as(),
         "compile_cache": _cache(compile_cache),
@@ -78,19 +79,13 @@ def _devices() -> tuple[dict[str, Any], list[Problem]]:
                            "add it to lm/train/devices.py with its source")] if unknown else []
 
 
-def distributed_environment(environ: Any = os.environ) -> str:
-    """What would start several processes here, by the variables that `jax.distributed.initialize` reads."""
-    if environ.get("JAX_COORDINATOR_ADDRESS"):
-        return (f"JAX_COORDINATOR_ADDRESS: process {environ.get('JAX_PROCESS_ID', '?')} of "
-                f"{environ.get('JAX_NUM_PROCESSES', '?')}")
-    if environ.get("SLURM_JOB_ID") and int(environ.get("SLURM_NTASKS") or 1) > 1:
-        return f"Slurm: task {environ.get('SLURM_PROCID', '?')} of {environ['SLURM_NTASKS']}"
-    if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
-        return f"Open MPI: rank {environ.get('OMPI_COMM_WORLD_RANK', '?')} of {environ['OMPI_COMM_WORLD_SIZE']}"
-    hosts = [host for host in (environ.get("TPU_WORKER_HOSTNAMES") or "").split(",") if host]
-    if len(hosts) > 1:
-        return f"TPU pod: worker {environ.get('TPU_WORKER_ID', '?')} of {len(hosts)}"
-    return "none: one process"
+def _processes() -> tuple[str, list[Problem]]:
+    """How `lm train` would be started here: alone, or joined with other processes, and by what."""
+    from launch.distributed import detect, tpu_pod_hosts
+    try:
+        return detect(os.environ, tpu_pod_hosts).reason, []
+    except (ValueError, RuntimeError) as error:
+        return "unclear", [Problem(BROKEN, str(error), "`lm train` stops with the same message")]
 
 
 def runs_as() -> dict[str, str]:
@@ -105,7 +100,7 @@ def runs_as() -> dict[str, str]:
         q, k = (jax.ShapeDtypeStruct((8, n, 8, 64), jnp.bfloat16) for n in (queries, keys))
         return choose(q, k, Visibility(aligned=queries == keys))
 
-    speeds = {dtype: _matmul_speed(dtype) for dtype in ("float32", "bfloat16")}
+    speeds = {dtype: matmul_speed(dtype) for dtype in ("float32", "bfloat16")}
     ratio = speeds["bfloat16"] / speeds["float32"]
     advice = "bfloat16" if ratio > MARGIN else "float32" if ratio < 1 / MARGIN else "either: equally fast here"
     return {
@@ -116,7 +111,7 @@ def runs_as() -> dict[str, str]:
     }
 
 
-def _matmul_speed(dtype: str, size: int = 1024) -> float:
+def matmul_speed(dtype: str, size: int = 1024) -> float:
     """FLOP/s of one size x size matrix product, best of 20 after a warm-up."""
     import jax
     import jax.numpy as jnp

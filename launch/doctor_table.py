@@ -22,7 +22,7 @@ def print_report(report: dict[str, Any]) -> None:
             "processes": machine["processes"],
             "peak, bf16": _flops(machine["peak_bf16_flops"])} if "platform" in machine else {}),
         **({"platform": machine["platform_note"]} if machine["platform_note"] else {}),
-        "several processes": machine["distributed"],
+        "lm train starts as": machine["start"],
         **machine["variables"],
     })
     _section(console, "what would run", report["runs_as"])

@@ -11,16 +11,14 @@ from launch import compile_cache
 from launch.compile_cache import cache_dir, default_cache_dir, enable_compile_cache
 
 PROGRAM = """
-import sys, time
+import sys
 from launch.compile_cache import enable_compile_cache
 folder = enable_compile_cache(None if sys.argv[1] == "default" else sys.argv[1])
-import jax, jax.numpy as jnp
-from jax._src import monitoring
+import jax, jax.numpy as jnp, numpy as np
 events = []
-monitoring.register_event_listener(lambda name, **_: events.append(name))
-f = jax.jit(lambda x: jnp.sin(x @ x).sum())
-print(f(jnp.arange(9.0).reshape(3, 3) / 7).tobytes().hex() if hasattr(jax.Array, "tobytes") else
-      jax.device_get(f(jnp.arange(9.0).reshape(3, 3) / 7)).tobytes().hex())
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+made = jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.arange(9.0).reshape(3, 3) / 7)
+print(np.asarray(made).tobytes().hex())
 print(sum(name.endswith("compilation_cache/cache_hits") for name in events))
 print(folder)
 """
