@@ -38,7 +38,8 @@ def test_the_report_is_json_and_names_versions_devices_and_choices(healthy, caps
     assert report["runs_as"]["float32 matrix product, 1024 x 1024"] == "2,000 GFLOP/s"
 
 
-@pytest.mark.parametrize(("bfloat16", "advice"), [(2.0, "bfloat16"), (1.1, "either: equally fast here"), (0.5, "float32")])
+@pytest.mark.parametrize(("bfloat16", "advice"), [
+    (2.0, "bfloat16"), (1.1, "either: equally fast here"), (0.5, "float32")])
 def test_the_dtype_that_multiplies_faster_here_is_advised(monkeypatch, bfloat16, advice):
     monkeypatch.setattr(doctor, "matmul_speed", lambda dtype: {"float32": 1.0, "bfloat16": bfloat16}[dtype] * 1e9)
     assert doctor.runs_as()["config.model.dtype, by that"] == advice
