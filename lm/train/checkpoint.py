@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -101,7 +102,7 @@ def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = No
     """(parameters, step) of a run without its optimizer: for evaluation, sampling and `init_from`.
 
     abstract: tree of `jax.ShapeDtypeStruct` for the variables to load, with shardings where they should go; None loads
-    everything as it was saved, on the default device.
+    everything as it was saved, as numpy arrays on the host.
     ema: the averaged parameters instead, where the run kept them.
     """
     folder = epath.Path(workdir) / FOLDER
@@ -120,9 +121,10 @@ def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = No
         if saved.get(name) is None:
             raise ValueError(f"checkpoint {path} holds no {name!r}")
         if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved[name])
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved[name])
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        else:
+            args = ocp.checkpoint_utils.construct_restore_args(abstract)
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(
-            item={name: abstract}, partial_restore=True,
-            restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract})))
+            item={name: abstract}, partial_restore=True, restore_args={name: args}))
     return tree[name], step

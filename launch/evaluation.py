@@ -1,0 +1,78 @@
+"""What `lm train` evaluates and prints on the way: sets, baseline and samples."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from launch import config as configs
+from lm.core.types import Params
+from lm.data.loader import build_dataset
+from lm.data.ngram import fit_bigram
+from lm.eval.base import by_set, evaluate
+from lm.eval.options import VALIDATION
+from lm.eval.perplexity import Perplexity
+from lm.eval.samples import sample_texts
+from lm.eval.sets import load_text, set_of
+from lm.models.build import make_apply
+from lm.train.feed import data_shard, to_device
+
+BASELINE = "bigram"
+
+
+class Evaluation:
+    """Called by the loop with (params, step, note). `baselines` is filled at the first call.
+
+    prepared: the run, as `launch.train` builds it. Every process evaluates its own rows; only the first one samples,
+    where it holds all parameters, and writes.
+    """
+
+    def __init__(self, prepared: Any, workdir: str):
+        self.baselines: dict[str, float] = {}
+        self._prepared, self._workdir = prepared, epath.Path(workdir)
+        self._options = configs.options(prepared.config, "eval")
+        self._data = configs.options(prepared.config, "data")
+        self._apply = make_apply(prepared.model)
+        size = {"batch_size": prepared.options.batch_size, "seq_len": prepared.options.seq_len}
+        index, count = data_shard(prepared.mesh, **size)
+        datasets = {}
+        if prepared.corpora.validation:
+            datasets[VALIDATION] = build_dataset(self._data, split="validation", corpora=prepared.corpora, **size)
+        for name, path in self._options.sets.items():
+            datasets[name] = load_text(path, self._data, prepared.corpora.tokenizer, **size)
+        self._sets = {name: set_of(dataset, self._options.batches, process_index=index, process_count=count)
+                      for name, dataset in datasets.items()}
+        self._whole = {name: set_of(dataset, self._options.batches) for name, dataset in datasets.items()}
+        place = functools.partial(to_device, mesh=prepared.mesh, index=index, count=count)
+        self._evaluators = [Perplexity(self._sets, place=place)] if datasets else []
+
+    def __call__(self, params: Params, step: int, note: Callable[[str], None]) -> dict[str, float]:
+        """Metrics of this step, `eval/<set>/...`; prints a line a set, and the samples."""
+        if not self.baselines and self._options.baseline and VALIDATION in self._whole:
+            given = self._whole[VALIDATION]
+            score = fit_bigram(self._prepared.train_set).score(given.batches(), given.token_bytes)
+            self.baselines[BASELINE] = score.bits_per_byte
+        metrics = evaluate(self._evaluators, self._apply, params)
+        for name, values in by_set(metrics).items():
+            line = f"step {step}: {name} loss {values['loss']:.4f}"
+            if "bits_per_byte" in values:
+                line += f", {values['bits_per_byte']:.3f} bits per byte"
+                if name == VALIDATION and self.baselines:
+                    line += f" (bigram of the training split: {self.baselines[BASELINE]:.3f})"
+            note(line)
+        if jax.process_count() == 1 and self._options.samples:
+            self._sample(params, step, note)
+        return metrics
+
+    def _sample(self, params: Params, step: int, note: Callable[[str], None]) -> None:
+        """Continues the config's prompts; prints them and writes <workdir>/samples/<step>.txt."""
+        texts = sample_texts(self._apply, params, self._prepared.model.initial_state, self._prepared.corpora.tokenizer,
+                             self._options, add_bos=self._data.add_bos)
+        blocks = [prompt + continuation for prompt, continuation in texts]
+        for block in blocks:
+            note(f"sample: {block}")
+        folder = self._workdir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{step}.txt").write_text("\n\n".join(blocks) + "\n")

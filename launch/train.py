@@ -1,0 +1,163 @@
+"""`lm train`: from a config and a workdir to a run of the loop."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from absl import logging
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `lm train`."""
+    parser.add_argument("--profile", metavar="START:END", help="trace these steps into <workdir>/profile (for xprof)")
+    parser.add_argument("--init-from", metavar="WORKDIR",
+                        help="start from the parameters of that run, as far as they fit (config.train.init_from)")
+    parser.add_argument("--allow-config-change", action="store_true",
+                        help="go on in a workdir that was made by a different config")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains; returns the exit code."""
+    from launch import config as configs
+    if args.init_from is not None:
+        args.overrides = [*args.overrides, ("train.init_from", args.init_from)]
+    if args.workdir is None:
+        raise ValueError("lm train needs --workdir DIR, where checkpoints and logs go (local or gs://)")
+    config = configs.from_args(args)
+
+    from launch.distributed import initialize
+    initialize()
+    import jax
+
+    from launch.config_workdir import check_workdir
+    from launch.environment import write_environment
+    configs.check(config, jax.device_count())
+    first = jax.process_index() == 0
+    prepared = prepare(config)  # before anything is written: a config that cannot run leaves no trace
+    check_workdir(args.workdir, config, allow_change=args.allow_config_change, write=first)
+    if first:
+        write_environment(args.workdir, args.config)
+        write_parameters(args.workdir, prepared)
+        print(prepared.headline, flush=True)
+
+    from lm.train.loop import Schedule, train
+    evaluation = configs.options(config, "eval")
+    with jax.set_mesh(prepared.mesh):
+        return train(prepared.experiment(args.workdir), args.workdir, prepared.mesh, options=prepared.options,
+                     checkpoint=configs.options(config, "checkpoint"), log=configs.options(config, "log"),
+                     schedule=Schedule(evaluation.every, evaluation.final), profile=args.profile,
+                     start=prepared.start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that is built but not started: model, data and recipe of one resolved config on one mesh."""
+
+    config: Any
+    options: Any  # TrainOptions
+    mesh: Any
+    model: Any
+    recipe: Any
+    corpora: Any
+    train_set: Any
+    headline: str
+
+    def experiment(self, workdir: str) -> Any:
+        """The `lm.train.loop.Experiment` of this run."""
+        from launch import config as configs
+        from launch.evaluation import Evaluation
+        from lm.data.loader import iterate
+        from lm.models.build import make_apply
+        from lm.tasks.build import build_objective
+        from lm.train.loop import Experiment
+        data = configs.options(self.config, "data")
+        evaluation = Evaluation(self, workdir)
+        bytes_per_token = self.train_set.num_bytes / self.train_set.num_targets if self.train_set.num_bytes else None
+
+        def batches(start, index, count):
+            return iterate(self.train_set, start, process_index=index, process_count=count,
+                           num_threads=data.num_threads, prefetch=data.prefetch, num_workers=data.num_workers)
+
+        return Experiment(
+            apply=make_apply(self.model), objective=build_objective(self.config.loss.to_dict()), recipe=self.recipe,
+            batches=batches, batch_at=self.train_set.batch, evaluate=evaluation,
+            data={"fingerprint": self.train_set.fingerprint},
+            flops_per_token=self.model.flops_per_token(self.options.seq_len), bytes_per_token=bytes_per_token,
+            baselines=evaluation.baselines)
+
+    def start(self, state: Any) -> Any:
+        """A fresh state with another run's parameters, where the config asks for them."""
+        if self.options.init_from is None:
+            return state
+        from lm.train.checkpoint import restore_params
+        from lm.train.init_from import take_over
+        other, step = restore_params(self.options.init_from, None)
+        params, report = take_over(state.params, other)
+        logging.info("from step %d of %s: %s", step, self.options.init_from, report)
+        ema = None if state.ema is None else take_over(state.ema, other)[0]
+        return state._replace(params=params, ema=ema)
+
+
+def prepare(config: Any) -> Prepared:
+    """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled."""
+    import jax
+    from flax import linen as nn
+
+    from launch import config as configs
+    from lm.adapters.lora import init_lora
+    from lm.core.sharding import check_batch, make_mesh
+    from lm.core.tree import num_params
+    from lm.data.corpora import load_corpora
+    from lm.data.loader import build_dataset
+    from lm.models.build import abstract_params, build_model
+    from lm.optim.builder import build_optimizer
+    from lm.train.state import Recipe
+
+    options, mesh_options = configs.options(config, "train"), configs.options(config, "mesh")
+    mesh = make_mesh(mesh_options.sizes, dcn=mesh_options.dcn)
+    check_batch(options.batch_size, options.seq_len, mesh, options.microbatches)
+    data = configs.options(config, "data")
+    corpora = load_corpora(data)
+    train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
+                              seq_len=options.seq_len, corpora=corpora)
+    model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
+    boxed = abstract_params(model)
+    optimizer_options = configs.options(config, "optimizer")
+    if options.lora_rank is not None:
+        boxed["lora"] = jax.eval_shape(lambda: init_lora(jax.random.key(0), nn.meta.unbox(boxed["params"]),
+                                                         options.lora_rank, options.lora_match))
+        frozen = {"match": r"^(?!lora/)", "freeze": True}
+        optimizer_options = dataclasses.replace(optimizer_options, rules=(frozen, *optimizer_options.rules))
+    shapes = nn.meta.unbox(boxed)
+
+    def init(key):
+        import jax.numpy as jnp
+        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+        if options.lora_rank is not None:
+            params["lora"] = init_lora(jax.random.fold_in(key, 1), params["params"], options.lora_rank,
+                                       options.lora_match)
+        return params
+
+    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps))
+    shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+    headline = (f"{num_params(shapes):,} parameters, {train_set.num_tokens:,} training tokens, batches of "
+                f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
+                f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
+    return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline)
+
+
+def write_parameters(workdir: str, prepared: Prepared) -> None:
+    """<workdir>/parameters.txt: one line a parameter, with what the optimizer does to it."""
+    from etils import epath
+
+    from launch.config_workdir import write_text
+    from lm.core.tree import num_params
+    rows = prepared.recipe.optimizer.rows
+    columns = [field for field in rows[0]._fields] if hasattr(rows[0], "_fields") else \
+        [field.name for field in dataclasses.fields(rows[0])]
+    table = [columns, *([str(getattr(row, name)) for name in columns] for row in rows)]
+    widths = [max(len(line[n]) for line in table) for n in range(len(columns))]
+    total = num_params(prepared.recipe.boxed)
+    text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in table)
+    write_text(epath.Path(workdir) / "parameters.txt", f"{text}\n\n{total:,} parameters\n")

@@ -1,0 +1,224 @@
+"""The train loop, read from top to bottom: restore, then step, log, evaluate and save until done or told to stop."""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from lm.core.batch import Batch
+from lm.core.types import Apply, Objective, Params
+from lm.train.checkpoint import Checkpoints, open_checkpoints
+from lm.train.exit_codes import DONE, NONFINITE, PREEMPTED
+from lm.train.feed import data_shard, feed, to_device
+from lm.train.metrics import PerfMeter
+from lm.train.options import CheckpointOptions, LogOptions, TrainOptions
+from lm.train.plots import plot_loss
+from lm.train.profiling import Profiler
+from lm.train.progress import Progress
+from lm.train.signals import Preemption
+from lm.train.state import Recipe, TrainState
+from lm.train.step import make_train_step
+from lm.train.watchdog import Watchdog
+from lm.train.writers import MetricsWriter
+
+IN_FLIGHT = 2  # steps dispatched ahead of the newest finished one: enough to hide the host, few enough to stop soon
+
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that the loop runs, and nothing about how it was configured.
+
+    apply, objective, recipe: the model, what is minimised, how a state is made.
+    batches(start_step, index, count): (step, rows of this process) from start_step on, without end.
+    batch_at(step, index, count): the same rows at random, to dump one that went wrong.
+    evaluate(params, step, note): metrics by name; prints what is to be read through `note`.
+    data: what identifies the data; it is saved in every checkpoint, and a run goes on only with equal data.
+    flops_per_token: forward FLOPs. bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
+    baselines: name to bits per byte, drawn beside the curve.
+    """
+
+    apply: Apply
+    objective: Objective
+    recipe: Recipe
+    batches: Callable[[int, int, int], Iterable[tuple[int, Batch]]]
+    batch_at: Callable[[int, int, int], Batch]
+    evaluate: Callable[[Params, int, Note], Mapping[str, float]]
+    data: Mapping[str, Any]
+    flops_per_token: float | None = None
+    bytes_per_token: float | None = None
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When the loop does what, in steps. evaluate: between evaluations, None for never. final: evaluate at the end."""
+
+    evaluate: int | None
+    final: bool = True
+
+
+def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, options: TrainOptions,
+          checkpoint: CheckpointOptions, log: LogOptions, schedule: Schedule, profile: str | None = None,
+          start: Callable[[TrainState], TrainState] | None = None) -> int:
+    """Trains up to `options.steps`, from the newest checkpoint of `workdir` where there is one.
+
+    start: changes a fresh state, e.g. to another run's parameters; not called when resuming. Call under
+    `jax.set_mesh(mesh)`. Returns a code of `lm.train.exit_codes`.
+    """
+    workdir = epath.Path(workdir)
+    index, count = data_shard(mesh, options.batch_size, options.seq_len)
+    first_process = jax.process_index() == 0
+    step_fn = jax.jit(
+        make_train_step(experiment.apply, experiment.objective, experiment.recipe.optimizer,
+                        microbatches=options.microbatches, skip_nonfinite=options.on_nonfinite == "skip",
+                        per_microbatch=options.per_microbatch),
+        donate_argnums=0, out_shardings=(experiment.recipe.shardings(mesh), None))
+
+    with open_checkpoints(workdir, checkpoint) as checkpoints:
+        # --- Restore, or start.
+        state, begin = restore_or_create(experiment, checkpoints, mesh, options, start)
+        if begin >= options.steps:
+            if first_process:
+                print(f"This run is complete: {workdir} holds step {begin} of {options.steps}. Raise train.steps to go "
+                      f"on, or name another workdir.", flush=True)
+            return DONE
+
+        meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat)
+        code, metrics, evaluated = DONE, {}, {}
+        with (MetricsWriter(workdir, log, process_index=jax.process_index(), start_step=begin) as writer,
+              Progress(options.steps, begin, log.every, quiet=not first_process) as progress,
+              Profiler(profile, workdir, total_steps=options.steps) as profiler,
+              Preemption(log.every) as preemption,
+              Watchdog(options.hang_seconds, workdir, process_index=jax.process_index()) as watchdog):
+
+            def evaluate(step: int) -> dict[str, float]:
+                with meter.paused(metrics), watchdog.paused():
+                    params = state.params if state.ema is None else state.ema
+                    found = dict(experiment.evaluate(params, step, progress.note))
+                    writer.write(step, found)
+                    return found
+
+            def save(step: int) -> None:
+                with meter.paused(metrics), watchdog.paused():
+                    checkpoints.save(step, state, {"data": dict(experiment.data), "step": step}, evaluated)
+
+            put = lambda batch: to_device(batch, mesh, index, count)
+            batches = feed(experiment.batches(begin, index, count), put)
+            in_flight: collections.deque[tuple[int, Any]] = collections.deque()
+            profiler.at(begin)
+            for step in range(begin + 1, options.steps + 1):
+                # --- Step.
+                with meter.waiting():
+                    at, batch = next(batches)
+                assert at == step - 1, f"the data gave batch {at} for step {step}"
+                with profiler.step(step):
+                    state, metrics = step_fn(state, batch)
+                meter.stepped(metrics)
+                profiler.at(step, metrics)
+                in_flight.append((step, metrics["train/loss"]))
+                if len(in_flight) > IN_FLIGHT:
+                    finished, value = in_flight.popleft()
+                    jax.block_until_ready(value)
+                    watchdog.finished(finished)
+
+                # --- Log.
+                stopping = preemption.agreed(step)
+                due = {name: every is not None and step % every == 0 for name, every in (
+                    ("log", log.every), ("evaluate", schedule.evaluate), ("save", checkpoint.every))}
+                last = step == options.steps
+                if any(due.values()) or last or stopping:
+                    row = scalars(metrics, experiment.bytes_per_token)
+                    if nonfinite(row, options):
+                        code = NONFINITE
+                        bad = int(row["train/bad_step"]) if options.on_nonfinite == "stop" else step - 1
+                        report_nonfinite(experiment, workdir, bad, index, count)
+                        break
+                    if due["log"] or last or stopping:
+                        row |= meter.report()
+                        writer.write(step, row)
+                        progress.update(step, loss=row["train/loss"], bits_per_byte=row.get("train/bits_per_byte"),
+                                        tokens_per_sec=row.get("perf/tokens_per_sec"), mfu=row.get("perf/mfu"))
+
+                # --- Evaluate and save.
+                evaluated = {}
+                if due["evaluate"] or (last and schedule.final):
+                    evaluated = evaluate(step)
+                if due["save"] or last or stopping:
+                    save(step)
+                if stopping and not last:
+                    code = PREEMPTED
+                    progress.note(f"Stopped after step {step}; the same command goes on from there.")
+                    break
+            batches.close()
+            checkpoints.wait()
+            if first_process:
+                finish(workdir, step, code, {**scalars(metrics, experiment.bytes_per_token), **meter.summary(),
+                                             **evaluated}, experiment.baselines)
+    return code
+
+
+def restore_or_create(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh, options: TrainOptions,
+                      start: Callable[[TrainState], TrainState] | None) -> tuple[TrainState, int]:
+    """(state, steps done): the newest checkpoint, else a fresh state. Raises ValueError where the data are not those
+    that the checkpoint was trained on."""
+    if checkpoints.latest is None:
+        state = experiment.recipe.create(options.seed, mesh)
+        return (state if start is None else start(state)), 0
+    state, meta = checkpoints.restore(experiment.recipe.abstract(mesh))
+    if meta["data"] != json.loads(json.dumps(dict(experiment.data))):
+        raise ValueError(f"the data changed since this run was started: it was {meta['data']} and is now "
+                         f"{dict(experiment.data)}. Bring the data back, or start in another workdir (--init-from takes "
+                         f"the parameters along)")
+    logging.info("restored step %d", meta["step"])
+    return state, int(meta["step"])
+
+
+def scalars(metrics: Mapping[str, Any], bytes_per_token: float | None) -> dict[str, float]:
+    """The step's metrics on the host; bits per byte by the mean bytes of a target of the corpus."""
+    row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if bytes_per_token and "train/next_token" in row:
+        row["train/bits_per_byte"] = row["train/next_token"] / math.log(2) / bytes_per_token
+    return row
+
+
+def nonfinite(row: Mapping[str, float], options: TrainOptions) -> bool:
+    """Whether the run has to end: a bad step, or too many skipped ones in a row."""
+    if options.on_nonfinite == "stop":
+        return row["train/bad_step"] >= 0
+    return row["train/skips"] > options.max_skips
+
+
+def report_nonfinite(experiment: Experiment, workdir: epath.Path, step: int, index: int, count: int) -> None:
+    """Says at which step the loss or gradient stopped being finite, and writes that step's batch beside the metrics.
+
+    The parameters were left as they were before that step; no checkpoint is written.
+    """
+    batch = experiment.batch_at(step, index, count)
+    path = workdir / f"nonfinite_step{step}_rows{index}.npz"
+    with path.open("wb") as file:
+        np.savez(file, **batch._asdict())
+    rows = len(batch.tokens)
+    first = step * rows * count + index * rows
+    logging.error("Loss or gradient of update %d is not finite. Its batch (global rows %d to %d) is in %s. Training "
+                  "stopped; the last checkpoint is from before. Lower the learning rate, set optimizer.clip_norm, or "
+                  "set train.on_nonfinite='skip'.", step + 1, first, first + rows - 1, path)
+
+
+def finish(workdir: epath.Path, step: int, code: int, result: Mapping[str, float | None],
+           baselines: Mapping[str, float]) -> None:
+    """Writes final_result.json and the plot of the loss."""
+    values = {name: value if value is None or math.isfinite(value) else str(value) for name, value in result.items()}
+    (workdir / "final_result.json").write_text(
+        json.dumps({"step": step, "exit_code": code, **values, **{f"baseline/{n}": v for n, v in baselines.items()}},
+                   indent=2) + "\n")
+    plot_loss(workdir, baselines=baselines)
