@@ -33,6 +33,14 @@ def test_our_messages_and_the_errors_of_libraries_are_shown(capsys):
         "warning: other: <warning>", "error: other: <error>"]
 
 
+def test_what_our_code_says_by_the_logger_of_absl_is_ours(capsys):
+    console.set_up_logging()
+    code = "from absl import logging\nlogging.info('resumed')\nlogging.warning('odd')"
+    exec(compile(code, str(console.pathlib.Path(console.__file__)), "exec"))
+    exec(compile(code, "/site-packages/orbax/x.py", "exec"))
+    assert capsys.readouterr().err == "resumed\nwarning: odd\n"
+
+
 def test_verbose_shows_what_libraries_say(capsys):
     console.set_up_logging(1)
     speak()
