@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from absl import logging
 
-EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-EXIT_CODE = 77
+from lm.train.exit_codes import HUNG
 
 
 class Watchdog:
@@ -89,7 +89,7 @@ class Watchdog:
 
     def _end(self) -> None:
         head = (f"no step finished for {self.hang_seconds:g} seconds after step {self._step}: this process "
-                f"({os.getpid()}) hangs and ends with code {EXIT_CODE}. Stacks of all threads:\n")
+                f"({os.getpid()}) hangs and ends with code {HUNG}. Stacks of all threads:\n")
         try:
             with tempfile.TemporaryFile("w+") as file:  # faulthandler needs a file of the operating system
                 file.write(head)
@@ -104,7 +104,7 @@ class Watchdog:
             saving.start()
             saving.join(10.0)
         finally:
-            os._exit(EXIT_CODE)
+            os._exit(HUNG)
 
     def _save(self, text: str) -> None:
         with contextlib.suppress(Exception):  # the text is on stderr already, and nobody is left to catch this

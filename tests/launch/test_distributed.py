@@ -146,8 +146,8 @@ def start():
     def start_one(code, number, port, count=2):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "SLURM_", "OMPI_", "TPU_"))}
         env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(number)}
+                "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
         begun.append(subprocess.Popen([sys.executable, "-u", "-c", code], env=env, text=True, stdout=subprocess.PIPE,
                                       stderr=subprocess.PIPE))
         return begun[-1]
@@ -214,7 +214,7 @@ def test_a_taken_port_is_an_error(start):
         s.bind(("0.0.0.0", 0))
         s.listen()
         out, err = start(ALONE, 0, s.getsockname()[1]).communicate(timeout=60)
-    assert "Is the port in use by another run?" in out, err
+    assert "another run use it? Take another port" in out, err
 
 
 def test_processes_that_stay_away_end_the_coordinator_with_a_hint(start):
