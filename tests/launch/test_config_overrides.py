@@ -133,3 +133,9 @@ def test_mistakes_are_one_line_that_names_what_is_near(override, message):
 def test_flatten_names_every_leaf_and_keeps_empty_dicts():
     assert flatten({"a": {"b": 1, "c": {}}, "d": ({"e": 1},)}) == {
         "config.a.b": 1, "config.a.c": {}, "config.d": ({"e": 1},)}
+
+
+def test_an_entry_that_the_file_leaves_out_can_change_its_kind():
+    made = resolve("model.mlp.kind=attention", "model.mlp.num_heads=2")
+    assert (made.model.mlp.kind, made.model.mlp.num_heads) == ("attention", 2)
+    assert "activation" not in made.model.mlp

@@ -57,10 +57,10 @@ def test_the_experiments_repository_is_that_of_its_file_else_of_the_current_fold
 
 def test_the_facts_are_there_and_the_host_is_not(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/folder/lm", "train", "--config", "x.py"])
-    monkeypatch.setenv("XLA_FLAGS", "--some_flag")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some_flag")  # read by nothing on a CPU
     facts = json.loads(json.dumps(collect()))
     assert facts["command"] == ["lm", "train", "--config", "x.py"]
-    assert facts["variables"]["XLA_FLAGS"] == "--some_flag"
+    assert facts["variables"]["LIBTPU_INIT_ARGS"] == "--some_flag"
     assert facts["packages"]["jax"] == sys.modules["jax"].__version__
     assert (facts["devices"]["platform"], facts["devices"]["count"], facts["devices"]["processes"]) == ("cpu", 8, 1)
     assert facts["cpus"] >= 1
