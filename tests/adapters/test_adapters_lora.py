@@ -77,6 +77,12 @@ def test_an_adapter_does_not_depend_on_the_others_nor_on_the_number_of_layers():
     assert not np.array_equal(query(few), query(init_lora(jax.random.key(1), shapes(), 2, "attention")))
 
 
+def test_kernels_of_one_shape_get_different_adapters():
+    shape = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+    lora = init_lora(jax.random.key(0), {"query": {"kernel": shape}, "key": {"kernel": shape}}, 2, "kernel")
+    assert not np.any(lora["query"]["a"] == lora["key"]["a"])
+
+
 def model():
     x = jax.random.normal(jax.random.key(3), (5, 6))
     return x, Model().init(jax.random.key(4), x)["params"]

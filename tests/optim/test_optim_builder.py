@@ -140,6 +140,16 @@ def test_learning_rate_follows_the_schedule_and_the_multiplier():
         np.testing.assert_allclose(before - got[name], moved * (0.25 if "bias" in name else 1), rtol=1e-5)
 
 
+def test_each_parameter_decays_by_its_own_rate():
+    options = OptimizerOptions("sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.5, **CONSTANT,
+                               rules=({"match": "bias", "weight_decay": 0.2},))
+    zeros = lambda step: jax.tree.map(np.zeros_like, small())
+    got = flat(run(options, steps=3, grads=zeros)[0])
+    for name, before in flat(small()).items():
+        decay = 0.2 if "bias" in name else 0.5 if "kernel" in name else 0.0
+        np.testing.assert_allclose(got[name], before * (1 - 0.1 * decay) ** 3, rtol=1e-5)
+
+
 def test_frozen_parameters_have_no_state_no_update_and_no_say_in_the_norm():
     options = OptimizerOptions(clip_norm=1.0, rules=({"match": "embed", "freeze": True},), **CONSTANT)
     params, state, optimizer = run(options)
