@@ -89,4 +89,5 @@ def decode_steps(apply: Apply, params: Params, state: State, loop: Loop, halted:
 @functools.partial(jax.jit, static_argnames=("initial_state", "batch_size", "capacity"))
 def empty_state(initial_state: Callable[..., State], batch_size: int, capacity: int) -> State:
     """The state before the prompts, made on the devices."""
-    return initial_state(batch_size, capacity=capacity)
+    # Weak types (`jnp.full(shape, 0.0)`) would not survive the first chunk, and the second would compile again.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), initial_state(batch_size, capacity=capacity))
