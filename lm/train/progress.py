@@ -134,9 +134,11 @@ class Progress:
                              refresh=True)
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the live line. Nothing where quiet."""
+        """Prints text on lines of its own, above the live line. Nothing where quiet. Control characters, which a sample
+        of an untrained model is full of, are shown escaped and not sent to the terminal."""
         if self.quiet:
             return
+        text = "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
         if self.live is None:
             self._print(text)
         else:

@@ -1,5 +1,7 @@
 """Peaks of devices: whole chips, halves of chips, and refusing to guess."""
 
+import pathlib
+import re
 import types
 
 import jax
@@ -50,3 +52,11 @@ def test_tpu_peaks_agree_with_the_table_inside_jax_within_one_percent():
 
 def test_no_gpu_peak_is_the_sparse_number():
     assert max(GPUS.values()) <= 2.5e15
+
+
+def test_the_documented_table_is_the_one_that_is_used():
+    page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "flops.md").read_text()
+    documented = {}
+    for kinds, tera in re.findall(r"^\| (`.+?`) \| ([\d.]+) \|", page, re.MULTILINE):
+        documented |= {kind: float(tera) * 1e12 for kind in re.findall(r"`(.+?)`", kinds)}
+    assert documented == {kind: pytest.approx(peak_flops(kind)) for kind in (*TPU_CHIPS, *GPUS)}

@@ -161,3 +161,10 @@ def test_eta_ignores_the_compile_step_and_follows_the_pace():
     assert eta.update(20) == pytest.approx(0.2 * 80)
     now[0] = 34.0
     assert eta.update(30) == pytest.approx(0.2 * 70)
+
+
+def test_control_characters_in_notes_do_not_reach_the_terminal():
+    out = io.StringIO()
+    with Progress(10, stream=out) as progress:
+        progress.note("sample: a\x1b[2J\rb\n\tcafé \x9b \u202e")
+    assert out.getvalue() == "sample: a\\x1b[2J\\rb\n\tcafé \\x9b \\u202e\n"
