@@ -1,6 +1,5 @@
 """The meter against a clock that the test moves by hand."""
 
-import math
 import time
 import types
 
@@ -115,4 +114,5 @@ def test_measures_real_asynchronous_steps_without_waiting_for_each():
     jax.block_until_ready(x)
     elapsed = time.perf_counter() - began
     row = meter.report()
-    assert math.isclose(row["perf/step_time"] * 8, elapsed, rel_tol=0.2)
+    # The window holds the plain measurement whole; half a second is for a machine that is busy in between.
+    assert elapsed <= row["perf/step_time"] * 8 <= elapsed + 0.5
