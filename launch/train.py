@@ -33,9 +33,10 @@ def main(args: argparse.Namespace) -> int:
     from launch.environment import write_environment
     configs.check(config, jax.device_count())
     first = jax.process_index() == 0
+    check_workdir(args.workdir, config, allow_change=args.allow_config_change, write=False)
     prepared = prepare(config)  # before anything is written: a config that cannot run leaves no trace
-    check_workdir(args.workdir, config, allow_change=args.allow_config_change, write=first)
     if first:
+        check_workdir(args.workdir, config, allow_change=args.allow_config_change)
         write_environment(args.workdir, args.config)
         write_parameters(args.workdir, prepared)
         print(prepared.headline, flush=True)
@@ -82,7 +83,9 @@ class Prepared:
             apply=make_apply(self.model), objective=build_objective(self.config.loss.to_dict()), recipe=self.recipe,
             batches=batches, batch_at=self.train_set.batch, evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
-            flops_per_token=self.model.flops_per_token(self.options.seq_len), bytes_per_token=bytes_per_token,
+            flops_per_token=self.model.flops_per_token(self.options.seq_len),
+            # Frozen kernels need no gradient of their own: forward, and backward through the inputs.
+            passes=3.0 if self.options.lora_rank is None else 2.0, bytes_per_token=bytes_per_token,
             baselines=evaluation.baselines)
 
     def start(self, state: Any) -> Any:

@@ -43,7 +43,8 @@ class Experiment:
     batch_at(step, index, count): the same rows at random, to dump one that went wrong.
     evaluate(params, step, note): metrics by name; prints what is to be read through `note`.
     data: what identifies the data; it is saved in every checkpoint, and a run goes on only with equal data.
-    flops_per_token: forward FLOPs. bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
+    flops_per_token: forward FLOPs. passes: a step costs this many forward passes, see `lm.train.metrics.mfu`.
+    bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
     baselines: name to bits per byte, drawn beside the curve.
     """
 
@@ -55,6 +56,7 @@ class Experiment:
     evaluate: Callable[[Params, int, Note], Mapping[str, float]]
     data: Mapping[str, Any]
     flops_per_token: float | None = None
+    passes: float = 3.0
     bytes_per_token: float | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -93,7 +95,8 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                       f"on, or name another workdir.", flush=True)
             return DONE
 
-        meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat)
+        meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat,
+                          passes=experiment.passes)
         code, metrics, evaluated = DONE, {}, {}
         with (MetricsWriter(workdir, log, process_index=jax.process_index(), start_step=begin) as writer,
               Progress(options.steps, begin, log.every, quiet=not first_process) as progress,
@@ -177,8 +180,8 @@ def restore_or_create(experiment: Experiment, checkpoints: Checkpoints, mesh: Me
     state, meta = checkpoints.restore(experiment.recipe.abstract(mesh))
     if meta["data"] != json.loads(json.dumps(dict(experiment.data))):
         raise ValueError(f"the data changed since this run was started: it was {meta['data']} and is now "
-                         f"{dict(experiment.data)}. Bring the data back, or start in another workdir (--init-from takes "
-                         f"the parameters along)")
+                         f"{dict(experiment.data)}. Bring the data back, or start in another workdir (--init-from "
+                         f"takes the parameters along)")
     logging.info("restored step %d", meta["step"])
     return state, int(meta["step"])
 
