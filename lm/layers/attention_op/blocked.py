@@ -1,23 +1,27 @@
 """Block-causal attention in plain XLA: blocks of query rows, each against only the keys its rows can see.
 
-The blocks above the diagonal and outside the window are never computed, and no more than [B, H, block, S] scores exist
-at a time. The backward pass recomputes the scores from the saved log-sum-exp (Dao et al. 2022, FlashAttention, section
-3.1, equations of appendix B.2). The loop is unrolled, so every block has its own static width.
+The blocks above the diagonal and outside the window are never computed. The backward pass recomputes the scores from
+the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3.1, equations of appendix B.2). The loop is unrolled,
+so every block has its own static width. XLA may keep the scores of several blocks at once, so on a CPU one row of the
+batch is worked on at a time; and without a window `halving`, which is faster there, does the work.
 
 Shape legend: B batch, T queries, S keys, H heads, G key-value heads, R = H / G, K head_dim.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from lm.layers.attention_op.visibility import Visibility
+from lm.core.sharding import platform
+from lm.layers.attention_op import halving
+from lm.layers.attention_op.visibility import EMPTY, Visibility
 
 Array = jax.Array
 
 MAX_BLOCKS = 16  # unrolled: the compiled program grows with the number of blocks
-EMPTY = -1e30  # score of a pair that does not see each other; finite, so that no inf - inf arises
 
 
 def block_size(num_queries: int) -> int:
@@ -40,10 +44,26 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, see: Visibility, *, scal
     groups = k.shape[2]
     split = q.reshape(batch, rows, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
     arrays = (see.q_positions, see.k_positions, see.q_documents, see.k_documents)
+    row_by_row = platform() == "cpu" and not _splits_arrays()
+    triangle = see.aligned and not see.offset and see.window is None
+    if row_by_row and triangle and block is None and rows <= halving.MAX_TOKENS:
+        return halving.attend_with_logsumexp(q, k, v, (see.q_documents, see.k_documents), scale=scale)
     order = (see.aligned, see.offset, see.window)
     block = block or block_size(rows)
-    out, logsumexp = _attend(order, float(scale), block, split, k.swapaxes(1, 2), v.swapaxes(1, 2), arrays)
+    inputs = (split, k.swapaxes(1, 2), v.swapaxes(1, 2), arrays)
+    if row_by_row and batch > 1 and rows > block:
+        one = lambda row: _attend(order, float(scale), block, *jax.tree.map(lambda x: x[None], row))
+        out, logsumexp = jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, inputs))
+    else:
+        out, logsumexp = _attend(order, float(scale), block, *inputs)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), logsumexp.reshape(batch, heads, rows)
+
+
+def _splits_arrays() -> bool:
+    """Whether the compiler splits arrays over devices here: a loop over the batch would then gather them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [size for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != AxisType.Manual]
+    return math.prod(automatic) > 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

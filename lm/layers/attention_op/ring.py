@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lm.core.sharding import current_mesh, spec
 from lm.layers.attention_op import blocked
-from lm.layers.attention_op.visibility import Visibility
+from lm.layers.attention_op.visibility import EMPTY, Visibility
 
 Array = jax.Array
 AXIS = "context"
@@ -54,7 +54,7 @@ def _local(q, k, v, documents, *, size, window, scale):
 
     def nothing(k, v, k_documents):
         wide = jnp.promote_types(q.dtype, jnp.float32)
-        return jnp.zeros(q.shape, wide), jnp.full((q.shape[0], q.shape[2], rows), blocked.EMPTY / 2, wide)
+        return jnp.zeros(q.shape, wide), jnp.full((q.shape[0], q.shape[2], rows), EMPTY / 2, wide)
 
     out, logsumexp = hop(0, k, v, k_documents)
     me = jax.lax.axis_index(AXIS)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+EMPTY = -1e30  # score of a pair that does not see each other; finite, so that no inf - inf arises
+
 
 class Visibility(NamedTuple):
     """Everything that decides whether query i sees key j. Arrays may be None: that condition then does not apply.
