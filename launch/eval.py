@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 BASELINE = "bigram"
 FOLDER = "eval"
-_COLUMNS = (("loss", "loss (nats)", ".4f"), ("perplexity", "perplexity", ".3f"),
-            ("bits_per_byte", "bits per byte", ".4f"), ("accuracy", "accuracy", ".2%"),
-            ("baseline_bits_per_byte", "bigram, bits per byte", ".4f"))
+_COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".3f"),
+            ("bits_per_byte", "bits/byte", ".4f"), ("accuracy", "accuracy", ".2%"),
+            ("baseline_bits_per_byte", "bigram bits/byte", ".4f"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -107,10 +107,11 @@ class Printer:
         self._several = len(prompts) * args.num_samples > 1
         self.streams = not self._json and not self._several
         self._lead = prompts[0]
+        self._terminal = sys.stdout.isatty()
 
     def piece(self, row: int, text: str) -> None:
         """The next piece of the only text, the prompt in front of the first."""
-        print(self._lead + text, end="", flush=True)
+        self._print(self._lead + text, end="")
         self._lead = ""
 
     def finished(self, prompt: int, sample: int, row: Any) -> None:
@@ -120,10 +121,16 @@ class Printer:
                               "finish_reason": row.finish_reason, "tokens": row.tokens.tolist(), "seed": self._seed,
                               "step": self._step}, ensure_ascii=False), flush=True)
         elif self._several:
-            print(f"==> prompt {prompt}, sample {sample} ({row.finish_reason}) <==\n"
-                  f"{self._prompts[prompt]}{row.text}\n", flush=True)
+            self._print(f"==> prompt {prompt}, sample {sample} ({row.finish_reason}) <==\n"
+                        f"{self._prompts[prompt]}{row.text}\n")
         else:
-            print(self._lead, flush=True)
+            self._print(self._lead)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Control characters, which a model of bytes may write, are shown escaped on a terminal and not sent to it."""
+        if self._terminal:
+            text = "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+        print(text, end=end, flush=True)
 
 
 def warn_if_long(length: int, run: Any) -> None:

@@ -120,13 +120,15 @@ def test_texts_do_not_depend_on_the_sizes_of_chunks(sizes):
 
 def test_repetition_penalty_counts_prompt_and_new_tokens():
     prompts = [PROMPTS[0], PROMPTS[2]]
-    out = generate(*recurrent(), prompts, max_new_tokens=12, options=SamplingOptions(0.0, repetition_penalty=1e9), **FEW)
+    options = SamplingOptions(temperature=0.0, repetition_penalty=1e9)
+    out = generate(*recurrent(), prompts, max_new_tokens=12, options=options, **FEW)
     for prompt, row in zip(prompts, out.rows, strict=True):
         assert len(set(row.tokens.tolist())) == 12 and not set(prompt) & set(row.tokens.tolist())
 
 
 def test_a_stop_token_ends_its_row_only():
-    free = [row.tokens.tolist() for row in generate(*recurrent(), PROMPTS, max_new_tokens=13, options=GREEDY, **FEW).rows]
+    whole = generate(*recurrent(), PROMPTS, max_new_tokens=13, options=GREEDY, **FEW)
+    free = [row.tokens.tolist() for row in whole.rows]
     stop = free[1][4]
     out = generate(*recurrent(), PROMPTS, max_new_tokens=13, options=GREEDY, stop_tokens=[stop], **FEW)
     for text, row in zip(free, out.rows, strict=True):
@@ -205,8 +207,8 @@ def test_timing_counts_tokens_state_and_compilation():
     first, again = (generate(fresh, params, initial_state, PROMPTS, max_new_tokens=6, options=GREEDY, capacity=50,
                              **FEW).timing for _ in range(2))
     assert (first.prefill_tokens, first.decode_tokens) == (57, 20)
-    # Of each row: two caches, of 50 slots with one head and of 9 with two; a slot is key, value, order and document. Two
-    # counters a cache, and the position.
+    # Of each row: two caches, of 50 slots with one head and of 9 with two; a slot is key, value, order and document.
+    # Besides two counters a cache, and the position.
     assert first.state_bytes == 4 * 4 * (50 * (2 * 8 + 2) + 9 * (4 * 8 + 2) + 2 * 2 + 1)
     assert again.compile_seconds < 0.2 * first.compile_seconds
     assert min(again.prefill_rate, again.decode_rate) > 0
