@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="loomlm-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import time  # noqa: E402
+
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,3 +30,28 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real test data in {folder.name}/ beside the checkout")
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--time-budget", type=float, default=None, metavar="SECONDS",
+                     help="skip every test that would start later than this; the summary lists them")
+
+
+def pytest_configure(config):
+    config.started = time.monotonic()
+
+
+OUT_OF_TIME = "not run: the time budget is spent"
+
+
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("--time-budget")
+    if budget is not None and time.monotonic() - item.config.started > budget:
+        pytest.skip(OUT_OF_TIME)
+
+
+def pytest_terminal_summary(terminalreporter):
+    left = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if OUT_OF_TIME in str(report.longrepr)]
+    if left:
+        terminalreporter.section(f"{len(left)} tests were not run for lack of time")
+        terminalreporter.write_line("\n".join(left))

@@ -63,14 +63,30 @@ def make_mesh(sizes: Mapping[str, int], *, dcn: Mapping[str, int] | None = None,
     within = resolve_mesh_shape(sizes, len(devices) // num_slices)
     types = (AxisType.Auto,) * len(MESH_AXES)
     if num_slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            tuple(within.values()), tuple(across.values()), devices,
-            process_is_granule=len(slices) != num_slices)
+        grid = _grid_of_slices(tuple(within.values()), tuple(across.values()), devices)
     elif len(devices) == 1:
         grid = np.array(devices).reshape(tuple(within.values()))
     else:
         grid = mesh_utils.create_device_mesh(tuple(within.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _grid_of_slices(within: tuple[int, ...], across: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in an array of shape within * across, axis by axis, such that a slice never crosses the slow network.
+
+    A slice is what the devices say (`slice_index` of TPUs), else a process, else a run of neighbours in the list.
+    """
+    count = math.prod(across)
+    for by_process, names in ((False, {getattr(d, "slice_index", 0) for d in devices}),
+                              (True, {d.process_index for d in devices})):
+        if len(names) == count:
+            return mesh_utils.create_hybrid_device_mesh(within, across, devices, process_is_granule=by_process)
+    log.info("neither slices nor processes number %d as mesh.dcn says: neighbours in the list of devices count as one "
+             "slice", count)
+    ranks = len(within)
+    grid = np.array(devices).reshape(*across, *within)
+    order = [axis for pair in zip(range(ranks), range(ranks, 2 * ranks), strict=True) for axis in pair]
+    return grid.transpose(order).reshape([a * w for a, w in zip(across, within, strict=True)])
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

@@ -54,7 +54,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             lambda carry, part, key: gradient(trainable, state.params, carry, part, counts, state.step, key),
             state.carry, batch, step_key, microbatches)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
