@@ -9,14 +9,13 @@ Shape legend: B batch, T queries, S keys, H heads, G key-value heads, R = H / G,
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from lm.core.sharding import platform
 from lm.layers.attention_op import halving
+from lm.layers.attention_op.sharded import compiler_splits
 from lm.layers.attention_op.visibility import EMPTY, Visibility
 
 Array = jax.Array
@@ -44,7 +43,7 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, see: Visibility, *, scal
     groups = k.shape[2]
     split = q.reshape(batch, rows, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
     arrays = (see.q_positions, see.k_positions, see.q_documents, see.k_documents)
-    row_by_row = platform() == "cpu" and not _splits_arrays()
+    row_by_row = platform() == "cpu" and not compiler_splits()
     triangle = see.aligned and not see.offset and see.window is None
     if row_by_row and triangle and block is None and rows <= halving.MAX_TOKENS:
         return halving.attend_with_logsumexp(q, k, v, (see.q_documents, see.k_documents), scale=scale)
@@ -57,13 +56,6 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, see: Visibility, *, scal
     else:
         out, logsumexp = _attend(order, float(scale), block, *inputs)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), logsumexp.reshape(batch, heads, rows)
-
-
-def _splits_arrays() -> bool:
-    """Whether the compiler splits arrays over devices here: a loop over the batch would then gather them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [size for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != AxisType.Manual]
-    return math.prod(automatic) > 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -10,13 +10,13 @@ import logging
 import jax
 
 from lm.core.sharding import platform
-from lm.layers.attention_op import blocked, reference, ring
+from lm.layers.attention_op import blocked, cudnn, reference, ring, splash
 from lm.layers.attention_op.visibility import Visibility
 
 Array = jax.Array
 log = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("ring", "blocked", "reference")
+IMPLEMENTATIONS = ("ring", "splash", "cudnn", "blocked", "reference")  # in the order in which None tries them
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, *, q_positions: Array | None = None,
@@ -48,7 +48,7 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, q_positions: Array | 
     return _MODULES[name].attend(q, k, v, see, scale=scale)
 
 
-_MODULES = {"ring": ring, "blocked": blocked, "reference": reference}
+_MODULES = {"ring": ring, "splash": splash, "cudnn": cudnn, "blocked": blocked, "reference": reference}
 
 
 def choose(q: Array, k: Array, see: Visibility, implementation: str | tuple[str, ...] | None = None) -> str:

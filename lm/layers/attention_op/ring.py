@@ -12,35 +12,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lm.core.sharding import current_mesh, spec
+from lm.core.sharding import current_mesh
 from lm.layers.attention_op import blocked
+from lm.layers.attention_op.sharded import compiler_splits, over_shards
 from lm.layers.attention_op.visibility import EMPTY, Visibility
 
 Array = jax.Array
 AXIS = "context"
 
 
-def partition(q: Array, k: Array, mesh) -> PartitionSpec:
-    """How [B, T, heads, K] arrays are split: rows over the batch axes, time over `context`, heads over `tensor`.
-
-    Heads are split only where both q and k have a multiple; q and k are split alike, so that groups stay together.
-    """
-    divides = k.shape[2] % mesh.shape.get("tensor", 1) == 0  # then it divides the multiple H too
-    heads = "heads" if divides else None
-    return spec(("batch", "length", heads, None), q.shape, mesh)
-
-
 def attend(q: Array, k: Array, v: Array, see: Visibility, *, scale: float) -> Array:
     """Aligned attention, T split over `context`. q [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. T divisible."""
-    mesh = current_mesh()
-    split = partition(q, k, mesh)
-    documents = (see.q_documents, see.k_documents)
-    rows = PartitionSpec(*split[:2])
-    local = functools.partial(_local, size=mesh.shape[AXIS], window=see.window, scale=scale)
-    return jax.shard_map(local, mesh=mesh, in_specs=(split, split, split, rows), out_specs=split, check_vma=False)(
-        q, k, v, documents)
+    local = functools.partial(_local, size=current_mesh().shape[AXIS], window=see.window, scale=scale)
+    return over_shards(local, q, k, v, (see.q_documents, see.k_documents), length="length")
 
 
 def _local(q, k, v, documents, *, size, window, scale):
@@ -80,7 +65,7 @@ def merge(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Ar
 def unsupported(see: Visibility, q: Array, k: Array) -> str | None:
     """Why the ring cannot serve these arguments, or None."""
     mesh = current_mesh()
-    if mesh is None or mesh.shape.get(AXIS, 1) == 1:
+    if mesh is None or mesh.shape.get(AXIS, 1) == 1 or not compiler_splits():
         return "the current mesh does not split the sequence (context is 1)"
     if not see.aligned:
         return "keys are not aligned with queries (a cache)"
