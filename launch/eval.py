@@ -2,14 +2,10 @@
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-log = logging.getLogger(__name__)
-
-BASELINE = "bigram"
 FOLDER = "eval"
 _COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".3f"),
             ("bits_per_byte", "bits/byte", ".4f"), ("accuracy", "accuracy", ".2%"),

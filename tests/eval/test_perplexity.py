@@ -131,6 +131,22 @@ def test_fractional_weights_weigh_nats_and_bytes():
     assert float(totals["loss"].count) == halved.weights.sum() < batch.weights.sum()
 
 
+def test_the_model_is_told_what_is_padding_and_where_documents_start():
+    _, apply, params = decoder()
+    given = {}
+
+    def recording(params, tokens, **context):
+        given.update(context)
+        return apply(params, tokens, **context)
+
+    batch = packed()
+    with jax.disable_jit():
+        list(Perplexity({"a": EvalSet(lambda: [batch])})(recording, params))
+    np.testing.assert_array_equal(given["weights"], batch.segment_ids != 0)
+    np.testing.assert_array_equal(given["reset"], batch.positions == 0)
+    np.testing.assert_array_equal(given["positions"], batch.positions)
+
+
 def test_without_bytes_of_tokens_there_are_no_bits_per_byte():
     _, apply, params = decoder()
     names = dict(Perplexity({"a": EvalSet(lambda: [packed()])})(apply, params))

@@ -12,6 +12,7 @@ from lm.core.head import logits_of
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import Head, Output
 from lm.generate.decode import generate
+from lm.generate.loop import Loop, Plan, decode_steps
 from lm.generate.sampling import GREEDY, SamplingOptions
 from lm.models.build import abstract_params, build_model, init_params, make_apply
 
@@ -158,7 +159,7 @@ def test_a_stop_string_cuts_the_text_before_it_and_the_pieces_join_to_the_text(s
     assert {row.finish_reason for row in out.rows} == {"stop", "length"}
 
 
-def test_rows_that_are_done_change_no_state_and_the_loop_ends_early():
+def test_the_loop_ends_when_all_rows_are_done():
     apply, params, initial_state = recurrent()
     calls = []
 
@@ -171,6 +172,18 @@ def test_rows_that_are_done_change_no_state_and_the_loop_ends_early():
                    steps_per_sync=64)
     jax.effects_barrier()
     assert calls == [(1, 16), *[(1, 1)] * (len(out.rows[0].tokens) - 1)] and out.rows[0].finish_reason == "eos"
+
+
+def test_the_state_of_a_row_that_is_done_stays():
+    apply, params, _ = recurrent()
+    state = Memory(jnp.arange(24.0).reshape(3, 8))
+    before, no = np.asarray(state.h), np.zeros(3, bool)
+    loop = Loop(jnp.array([1, 2, 3]), jnp.array([5, 5, 5]), jnp.array([False, True, False]), jnp.array(no), None)
+    plan = Plan(np.arange(3), np.array([99, 99, 99]), np.zeros(0, np.int32), jax.random.key(0))
+    halted = np.array([False, False, True])
+    state, loop, tokens = decode_steps(apply, params, state, loop, halted, plan, options=GREEDY, steps=3)
+    np.testing.assert_array_equal((np.asarray(state.h) == before).all(axis=1), [False, True, True])
+    assert loop.position.tolist() == [8, 5, 5] and (np.asarray(tokens)[1:] == -1).all()
 
 
 def test_prompts_of_many_lengths_compile_few_programs():
