@@ -1,0 +1,217 @@
+"""TPU kernel. B batch, T time, C channels; in memory [B, T, C] as it comes: time on sublanes, channels on lanes.
+
+A vector register holds 8 steps of 128 channels. Its 8 steps are scanned inside the register, log2(8) = 3 rounds of
+shifted multiply-adds, and the state enters by one more. Batch on sublanes would need no rounds, but the transposes
+before and after it move more bytes than the scan itself, and a batch of 1 would fill one sublane in 8; here the bytes
+moved are those of a, b and h alone. README.md has the derivation and the cycles.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_scan.config import TPU, Tiles
+
+Array = jax.Array
+ROWS = 16      # steps a trip of the inner loop: one tile of bf16, two of float32
+GROUP = 8      # sublanes of a register
+
+
+def unsupported(dtype: str, platform: str) -> str | None:
+    """Why this kernel cannot serve, or None."""
+    if platform != "tpu":
+        return f"it needs a TPU and this is {platform}"
+    if dtype not in ("float32", "bfloat16"):
+        return f"it takes float32 and bfloat16, not {dtype}"
+    return dispatch.automatic_axes()
+
+
+def forward(a: Array, b: Array, h0: Array, reset: Array | None, tiles: Tiles = TPU) -> tuple[Array, Array]:
+    """h [B, T, C] in b's dtype and the final state [B, C] in float32."""
+    grid, specs = _blocks(a.shape, tiles, backwards=False)
+    resets, reset_specs, scratch = _resets(reset, specs)
+    h, h_last = pl.pallas_call(
+        functools.partial(_forward_kernel, a.shape[1], reset is not None),
+        grid=grid,
+        in_specs=[*reset_specs, specs["block"], specs["block"], specs["state"]],
+        out_specs=[specs["block"], specs["state"]],
+        out_shape=[_like(b), _like(h0[:, None])],
+        scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
+        compiler_params=_IN_ORDER, cost_estimate=_cost(a, arrays=3), name="linear_scan_forward",
+    )(*resets, a, b, h0[:, None])
+    return h, h_last[:, 0]
+
+
+def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array, dh_last: Array,
+             tiles: Tiles = TPU) -> tuple[Array, Array, Array]:
+    """(da, db, dh0) from the saved h and the cotangents of h and of the final state."""
+    grid, specs = _blocks(a.shape, tiles, backwards=True)
+    resets, reset_specs, scratch = _resets(reset, specs)
+    da, db, dh0 = pl.pallas_call(
+        functools.partial(_backward_kernel, a.shape[1], reset is not None),
+        grid=grid,
+        in_specs=[*reset_specs, specs["block"], specs["block"], specs["before"], specs["state"], specs["block"],
+                  specs["state"]],
+        out_specs=[specs["block"], specs["block"], specs["state"]],
+        out_shape=[_like(a), _like(dh), _like(h0[:, None])],
+        scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
+        compiler_params=_IN_ORDER, cost_estimate=_cost(a, arrays=5), name="linear_scan_backward",
+    )(*resets, a, h, h, h0[:, None], dh, dh_last[:, None])
+    return da, db, dh0[:, 0]
+
+
+def _forward_kernel(length: int, has_reset: bool, *refs):
+    reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
+    a_ref, b_ref, h0_ref, h_ref, h_last_ref, state, *keep = refs
+    chunk, rows = pl.program_id(2), a_ref.shape[1]
+    _turn_resets(reset_ref, keep)
+
+    @pl.when(chunk == 0)
+    def _():
+        state[...] = jnp.broadcast_to(h0_ref[0], state.shape)
+
+    def trip(i, carry):
+        start = pl.multiple_of(i * ROWS, ROWS)
+        a, b = _read(a_ref, start), _read(b_ref, start)
+        a, b = _within(length, rows, chunk, start, _forget(a, keep, start), b)
+        out = []
+        for group in range(0, ROWS, GROUP):
+            decay, h = _scan_register(a[group:group + GROUP], b[group:group + GROUP])
+            h = h + decay * carry
+            carry = jnp.broadcast_to(h[GROUP - 1:], h.shape)
+            out.append(h)
+        h_ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(out).astype(h_ref.dtype)
+        return carry
+
+    state[...] = jax.lax.fori_loop(0, rows // ROWS, trip, state[...])
+    h_last_ref[0] = state[:1]
+
+
+def _backward_kernel(length: int, has_reset: bool, *refs):
+    reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
+    a_ref, h_ref, before_ref, h0_ref, dh_ref, dh_last_ref, da_ref, db_ref, dh0_ref, state, *keep = refs
+    rows = a_ref.shape[1]
+    chunk = pl.num_programs(2) - 1 - pl.program_id(2)
+    _turn_resets(reset_ref, keep)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state[...] = jnp.broadcast_to(dh_last_ref[0], state.shape)
+
+    row = jax.lax.broadcasted_iota(jnp.int32, state.shape, 0)
+
+    def trip(start, mu, h, h_before):
+        """One trip; mu is a_t dh_t of the step after it, h_before the ROWS states before it."""
+        a, dh = _within(length, rows, chunk, start, _forget(_read(a_ref, start), keep, start), _read(dh_ref, start))
+        kept = _keep(keep, start, a.shape)
+        da, db = [], []
+        for group in reversed(range(0, ROWS, GROUP)):
+            here = slice(group, group + GROUP)
+            decay, local = _scan_register(a[here], a[here] * dh[here], reverse=True)
+            mus = local + decay * mu
+            grad = dh[here] + jnp.where(row == GROUP - 1, mu, pltpu.roll(mus, GROUP - 1, 0))
+            last = h[group - 1:group] if group else h_before[ROWS - 1:]
+            previous = jnp.where(row == 0, jnp.broadcast_to(last, grad.shape), pltpu.roll(h[here], 1, 0))
+            slope = grad * previous
+            da.append(slope if kept is None else jnp.where(kept[here] > 0, slope, 0))
+            db.append(grad)
+            mu = jnp.broadcast_to(mus[:1], mus.shape)
+        da_ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(da[::-1]).astype(da_ref.dtype)
+        db_ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(db[::-1]).astype(db_ref.dtype)
+        return mu, h_before
+
+    trips = rows // ROWS
+
+    def from_the_end(i, carry):
+        start = pl.multiple_of((trips - 1 - i) * ROWS, ROWS)
+        return trip(start, *carry, _read(h_ref, start - ROWS))
+
+    carry = jax.lax.fori_loop(0, trips - 1, from_the_end, (state[...], _read(h_ref, rows - ROWS)))
+    h_before = jnp.where(chunk == 0, h0_ref[0], before_ref[0].astype(jnp.float32))
+    mu, _ = trip(0, *carry, h_before)
+    state[...] = mu
+    dh0_ref[0] = mu[:1]
+
+
+def _scan_register(a: Array, b: Array, reverse: bool = False) -> tuple[Array, Array]:
+    """(decay, h) of each of the 8 steps from the state before the first (after the last): h_t = h + decay * state."""
+    row = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
+    for distance in (1, 2, 4):
+        inside = row < GROUP - distance if reverse else row >= distance
+        shift = GROUP - distance if reverse else distance
+        b = jnp.where(inside, b + a * pltpu.roll(b, shift, 0), b)
+        a = jnp.where(inside, a * pltpu.roll(a, shift, 0), a)
+    return a, b
+
+
+def _read(ref, start) -> Array:
+    return ref[0, pl.ds(start, ROWS), :].astype(jnp.float32)
+
+
+def _within(length: int, rows: int, chunk, start, a: Array, b: Array) -> tuple[Array, Array]:
+    """Steps at or after `length` made the identity: what lies in memory after the end of the array is anything."""
+    if length % rows == 0:
+        return a, b
+    inside = chunk * rows + start + jax.lax.broadcasted_iota(jnp.int32, a.shape, 0) < length
+    return jnp.where(inside, a, 1), jnp.where(inside, b, 0)
+
+
+def _turn_resets(reset_ref, keep) -> None:
+    """Fill keep[0], [rows, 128], with 1 - reset of each step in all lanes; in memory the steps lie along lanes."""
+    if not keep:
+        return
+    for start in range(0, keep[0].shape[0], 128):
+        along = jnp.broadcast_to(1 - reset_ref[0, :, pl.ds(start, 128)], (128, 128))
+        keep[0][pl.ds(start, 128), :] = along.T
+
+
+def _keep(keep, start, shape: tuple[int, int]) -> Array | None:
+    return jnp.tile(keep[0][pl.ds(start, ROWS), :], (1, shape[1] // 128)) if keep else None
+
+
+def _forget(a: Array, keep, start) -> Array:
+    kept = _keep(keep, start, a.shape)
+    return a if kept is None else jnp.where(kept > 0, a, 0)
+
+
+# Batch rows and channels are independent; the blocks of one row go in order of time, so that its state can stay in VMEM.
+_IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def _blocks(shape: tuple[int, int, int], tiles: Tiles, backwards: bool):
+    """The grid (batch, channels, time) and where each of its steps reads and writes."""
+    batch, length, width = shape
+    tiles = tiles.fitted(length, width)
+    grid = (batch, pl.cdiv(width, tiles.width), pl.cdiv(length, tiles.time))
+    chunk = (lambda t: grid[2] - 1 - t) if backwards else (lambda t: t)
+    per_block = tiles.time // ROWS
+    return grid, {
+        "tiles": tiles,
+        "block": pl.BlockSpec((1, tiles.time, tiles.width), lambda b, c, t: (b, chunk(t), c)),
+        "before": pl.BlockSpec((1, ROWS, tiles.width),
+                               lambda b, c, t: (b, jnp.maximum(chunk(t) * per_block - 1, 0), c)),
+        "state": pl.BlockSpec((1, 1, tiles.width), lambda b, c, t: (b, 0, c)),
+        "reset": pl.BlockSpec((1, 1, tiles.time), lambda b, c, t: (b, 0, chunk(t))),
+    }
+
+
+def _resets(reset: Array | None, specs) -> tuple[list, list, list]:
+    """(arguments, their specs, scratch): [B, 1, T], because [B, T, 1] would take 128 lanes a step in memory."""
+    if reset is None:
+        return [], [], []
+    return ([reset.astype(jnp.float32)[:, None]], [specs["reset"]],
+            [pltpu.VMEM((specs["tiles"].time, 128), jnp.float32)])
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    """What x is; inside jax.shard_map that includes the mesh axes over which it varies."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def _cost(a: Array, arrays: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=2 * a.size * (arrays - 2), bytes_accessed=arrays * a.size * a.dtype.itemsize,
+                           transcendentals=0)
