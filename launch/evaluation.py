@@ -14,7 +14,7 @@ from lm.data.ngram import fit_bigram
 from lm.eval.base import by_set, evaluate
 from lm.eval.options import VALIDATION
 from lm.eval.perplexity import Perplexity
-from lm.eval.samples import sample_texts
+from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
 from lm.models.build import make_apply
 from lm.train.feed import data_shard, to_device
@@ -47,6 +47,10 @@ class Evaluation:
         self._whole = {name: set_of(dataset, self._options.batches) for name, dataset in datasets.items()}
         place = functools.partial(to_device, mesh=prepared.mesh, index=index, count=count)
         self._evaluators = [Perplexity(self._sets, place=place)] if datasets else []
+        # A prompt that cannot be continued is found now, not after an hour of training.
+        for prompt in self._options.samples:
+            ids = encode_prompt(prepared.corpora.tokenizer, prompt, add_bos=self._data.add_bos)
+            prepared.model.initial_state(0, capacity=len(ids) + self._options.sample_tokens)
 
     def __call__(self, params: Params, step: int, note: Callable[[str], None]) -> dict[str, float]:
         """Metrics of this step, `eval/<set>/...`; prints a line a set, and the samples."""

@@ -87,6 +87,12 @@ def test_learned_positions_go_on_from_the_state():
     np.testing.assert_allclose(logits_of(out.hidden, out.head)[..., :50], whole[:, 6:, :50], atol=1e-5)
 
 
+def test_more_tokens_than_learned_positions_are_refused():
+    model, _ = model_and_params(max_positions=16, attention=dict(num_heads=4, rope_theta=None))
+    with pytest.raises(ValueError, match="17 tokens do not fit the 16 learned positions"):
+        model.initial_state(1, capacity=17)
+
+
 def test_positions_after_equals_a_loop():
     rng = np.random.default_rng(0)
     start, reset, weights = rng.integers(0, 9, 5), rng.random((5, 12)) < 0.2, rng.random((5, 12)) < 0.8

@@ -1,0 +1,18 @@
+"""`lm bench`: benchmarks that print ratios measured in one run. They are never tests."""
+
+import argparse
+
+WHAT = {"train": "launch.bench.train"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `lm bench`."""
+    parser.add_argument("what", choices=sorted(WHAT), help="train: a train step against PyTorch's GPT-2")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each side and shape (at least 10)")
+    parser.add_argument("--out", metavar="FOLDER", default="runs/bench", help="where JSON and Markdown are written")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the benchmark."""
+    import importlib
+    return importlib.import_module(WHAT[args.what]).run(args)

@@ -1,0 +1,144 @@
+"""`lm bench train`: our train step against PyTorch's GPT2LMHeadModel on the same cores, turn by turn.
+
+Both sides are processes that hold their model. Only one of them works at a time; they take turns of a few steps, so that
+a machine that slows down slows both. torch gets its best of one and of all threads and of its two AdamW, found first.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+SHAPES = (256, 1024)
+TURN = 2  # steps a turn
+
+
+class Side:
+    """A process of `launch.bench.side`."""
+
+    def __init__(self, module: str, *arguments: str):
+        self.process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.first_loss = self._answer()["first_loss"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"a side of the benchmark ended with exit code {self.process.wait()}; its message is above")
+        return json.loads(line)
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """One line of its protocol and the answer."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def side(module: str, *arguments: str) -> Iterator[Side]:
+    """A `Side` that is ended at the end."""
+    opened = Side(module, *arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures every shape, prints and writes the table."""
+    if args.steps < 10:
+        raise ValueError(f"--steps must be at least 10, for a median that means something; got {args.steps}")
+    for package in ("torch", "transformers"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise ValueError(f"lm bench train compares with PyTorch and {package} is not installed; install "
+                             f"'loomlm[bench]' (a CPU build of torch will do)") from None
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program would hide what compiling costs in memory
+    cores = len(os.sched_getaffinity(0))
+    result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
+              "gemm_gflops": gemm_peak(), "shapes": [measure(seq_len, args.steps, cores) for seq_len in SHAPES]}
+    folder = pathlib.Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = markdown(result)
+    (folder / "train.md").write_text(table)
+    print(table)
+    return 0
+
+
+def measure(seq_len: int, steps: int, cores: int) -> dict[str, Any]:
+    """One shape: torch's best setting, then both sides in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "weights.npz")
+        trials = {}
+        for threads in sorted({1, cores}):
+            for optimizer in ("fused", "foreach"):
+                with side("launch.bench.torch_side", str(seq_len), str(threads), optimizer, weights) as torch:
+                    torch.ask("warm 2")
+                    trials[threads, optimizer] = statistics.median(torch.ask("time 5")["seconds"])
+        threads, optimizer = min(trials, key=trials.get)
+        with (side("launch.bench.torch_side", str(seq_len), str(threads), optimizer, weights) as torch,
+              side("launch.bench.jax_side", str(seq_len), weights) as ours):
+            if abs(torch.first_loss - ours.first_loss) > 1e-4:
+                raise AssertionError(f"the sides differ: initial loss {torch.first_loss} and {ours.first_loss}")
+            times: dict[str, list[float]] = {"torch": [], "ours": []}
+            for one in (torch, ours):
+                one.ask("warm 2")
+            while len(times["ours"]) < steps:
+                times["torch"] += torch.ask(f"time {TURN}")["seconds"]
+                times["ours"] += ours.ask(f"time {TURN}")["seconds"]
+            facts = {"torch": torch.ask("report"), "ours": ours.ask("report")}
+    if facts["torch"]["parameters"] != facts["ours"]["parameters"]:
+        raise AssertionError(f"the sides differ in parameters: {facts}")
+    return {"seq_len": seq_len, "steps": len(times["ours"]), "seconds": times, "facts": facts,
+            "first_loss": {"torch": torch.first_loss, "ours": ours.first_loss},
+            "trials": {f"{t} threads, {o}": s for (t, o), s in trials.items()},
+            "speed_ratio": statistics.median(times["torch"]) / statistics.median(times["ours"])}
+
+
+def gemm_peak(size: int = 1024, repeats: int = 20) -> float:
+    """GFLOP/s of a float32 matrix product in jax on all cores: the best of many."""
+    code = (f"import jax, jax.numpy as jnp, time\na = jnp.ones(({size}, {size}))\nf = jax.jit(lambda a: a @ a)\n"
+            f"f(a).block_until_ready()\nbest = 1e9\nfor _ in range({repeats}):\n    t = time.perf_counter()\n"
+            f"    f(a).block_until_ready()\n    best = min(best, time.perf_counter() - t)\n"
+            f"print(2 * {size}**3 / best / 1e9)")
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    from launch.bench import gpt2
+    facts = result["shapes"][0]["facts"]
+    lines = [
+        f"One training step (forward, backward, AdamW), float32, {result['cores']} CPU cores, batch {gpt2.BATCH}, width "
+        f"{gpt2.WIDTH}, {gpt2.LAYERS} layers, {gpt2.HEADS} heads, vocabulary {gpt2.VOCAB}; Python {result['python']}, "
+        f"{facts['ours']['version']} against {facts['torch']['version']} (GPT2LMHeadModel, dropout 0). Medians of "
+        f"{result['shapes'][0]['steps']} steps of each side, in turns of {TURN}. GEMM peak measured: "
+        f"{result['gemm_gflops']:.0f} GFLOP/s.", "",
+        "| T | torch's best setting | torch, ms | loomlm, ms | speed against torch | share of GEMM peak | peak memory "
+        "above imports, torch, MiB | loomlm, MiB |", "|---|---|---|---|---|---|---|---|"]
+    for shape in result["shapes"]:
+        torch, ours = (statistics.median(shape["seconds"][name]) for name in ("torch", "ours"))
+        share = shape["facts"]["ours"]["flops_per_step"] / ours / 1e9 / result["gemm_gflops"]
+        lines.append(
+            f"| {shape['seq_len']} | {shape['facts']['torch']['threads']} threads, "
+            f"{shape['facts']['torch']['optimizer']} | {1e3 * torch:.0f} | {1e3 * ours:.0f} | "
+            f"{shape['speed_ratio']:.2f}x | {share:.0%} | {shape['facts']['torch']['peak_above_imports_mib']:.0f} | "
+            f"{shape['facts']['ours']['peak_above_imports_mib']:.0f} |")
+    return "\n".join(lines) + "\n"
