@@ -5,8 +5,8 @@ All squares of a level are one batched matrix product, so a few large products w
 strips, and nothing above the diagonal is computed. Each level is a softmax of its own; they merge by their maxima. One
 row of the batch and a few heads are worked on at a time (`lax.map`), so that the scores stay in the cache: on two cores
 2.1 times the speed of unrolled strips over the whole batch (float32, B 8, H 4, T 1024, K 64, forward and backward).
-The operand layouts matter as much: XLA's CPU products run at a third of their speed when the left operand is contracted
-over its rows, hence the transposed scores of the backward pass.
+The operand layouts matter as much: XLA's batched CPU products run at a third of their speed when the left operand is
+contracted over its rows, hence the transposed scores of the backward pass.
 
 Shape legend: B batch, T tokens, H heads, G key-value heads, K head_dim, C heads at a time, n blocks or squares.
 """
