@@ -24,8 +24,8 @@ def choose(op: str, implementation: str | tuple[str, ...] | None, available: Map
     """Name of the implementation of `op` that serves.
 
     implementation: None takes the first of `available` that serves; a name is that one or an error; a tuple is tried in
-    turn. What is chosen is logged once at INFO, with the reasons against those passed over. platform: as `current_platform()`
-    says when it is not given.
+    turn. What is chosen is logged once at INFO, with the reasons against those passed over. platform: what
+    `current_platform` says when it is not given.
 
     Raises ValueError for an unknown name, and with every reason when none of the names serves.
     """

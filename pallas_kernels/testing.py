@@ -43,16 +43,18 @@ def interpreted_tpu() -> Iterator[None]:
         pltpu.reset_tpu_interpret_mode_state()
 
 
-def compile_for_tpu(topology: str, function, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    """`function` of arrays of these shapes, compiled for one device of a TPU topology such as "v5e:2x2".
+def compile_for_tpu(topology: str, function, *shapes, num_devices: int = 1) -> jax.stages.Compiled:
+    """`function` of `shapes` (pytrees of jax.ShapeDtypeStruct), compiled for a TPU topology such as "v5e:2x2".
+
+    Every array is split on its first axis over `num_devices`, the mesh axis "device".
 
     Needs libtpu, no TPU, and before jax is imported the environment JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
     TPU_WORKER_HOSTNAMES=localhost. Implementations are chosen as on that device.
     """
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("device",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in shapes]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:num_devices]
+    mesh = jax.sharding.Mesh(np.array(devices), ("device",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function).lower(*placed).compile()
 

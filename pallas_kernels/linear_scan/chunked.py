@@ -1,8 +1,10 @@
 """Fast form for every backend of XLA: blocks of `BLOCK` steps read and written in place. B batch, T time, C channels.
 
-No transposes: a loop slices the [B, T, C] arrays as they lie. Eight unrolled steps are one fused loop body; with sixteen
-XLA recomputes the chain and the time doubles (`bench.py` prints the ratio to the reference).
+No transposes: a loop slices the [B, T, C] arrays as they lie. Eight unrolled steps are one fused loop body; in sixteen
+XLA's CPU backend computes the chain again for every step that is written, and the time doubles.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ def forward(a: Array, b: Array, h0: Array, reset: Array | None) -> tuple[Array, 
     """h [B, T, C] in b's dtype and the final state [B, C] in h0's dtype, which is the dtype of the recurrence."""
     def block(start, length, carry):
         h, out = carry
-        a_block, b_block = _decay(a, reset, start, length, h.dtype), _part(b, start, length).astype(h.dtype)
+        a_block, b_block = _part(a, start, length).astype(h.dtype), _part(b, start, length).astype(h.dtype)
+        keep = _keep(reset, start, length)
         steps = []
         for j in range(length):
-            h = a_block[:, j] * h + b_block[:, j]
+            h = a_block[:, j] * keep(j, h) + b_block[:, j]
             steps.append(h)
         return h, _write(out, steps, start)
 
@@ -33,18 +36,15 @@ def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
     """(da, db, dh0) from the saved h and the cotangents of h and of the final state: README.md derives it."""
     def block(start, length, carry):
         mu, da, db = carry
-        a_block, dh_block = _decay(a, reset, start, length, mu.dtype), _part(dh, start, length).astype(mu.dtype)
+        a_block, dh_block = _part(a, start, length).astype(mu.dtype), _part(dh, start, length).astype(mu.dtype)
         before = jnp.where(start == 0, h0, _part(h, jnp.maximum(start - 1, 0), 1)[:, 0].astype(mu.dtype))
         h_block = _part(h, start, length).astype(mu.dtype)
+        keep = _keep(reset, start, length)
         da_steps, db_steps = [], []
         for j in reversed(range(length)):
             db_t = dh_block[:, j] + mu
-            previous = h_block[:, j - 1] if j else before
-            da_t = db_t * previous
-            if reset is not None:
-                da_t = jnp.where(_part(reset, start, length)[:, j, None], 0, da_t)
-            mu = a_block[:, j] * db_t
-            da_steps.append(da_t)
+            mu = keep(j, a_block[:, j] * db_t)
+            da_steps.append(db_t * keep(j, h_block[:, j - 1] if j else before))
             db_steps.append(db_t)
         return mu, _write(da, da_steps[::-1], start), _write(db, db_steps[::-1], start)
 
@@ -64,10 +64,12 @@ def _part(x: Array, start, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
 
 
-def _decay(a: Array, reset: Array | None, start, length: int, dtype) -> Array:
-    """a with 0 where a reset forgets the state."""
-    decay = _part(a, start, length).astype(dtype)
-    return decay if reset is None else jnp.where(_part(reset, start, length)[..., None], 0, decay)
+def _keep(reset: Array | None, start, length: int) -> Callable[[int, Array], Array]:
+    """keep(j, x): x [B, C] with 0 in the rows that reset at step j of the block."""
+    if reset is None:
+        return lambda j, x: x
+    block = _part(reset, start, length)[..., None]
+    return lambda j, x: jnp.where(block[:, j], 0, x)
 
 
 def _write(out: Array, steps: list[Array], start) -> Array:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.batching import merged_into_batch
 from pallas_kernels.linear_scan.config import TPU, Tiles
 
 Array = jax.Array
@@ -30,9 +31,10 @@ def unsupported(dtype: str, platform: str) -> str | None:
     return dispatch.automatic_axes()
 
 
-def forward(a: Array, b: Array, h0: Array, reset: Array | None, tiles: Tiles = TPU) -> tuple[Array, Array]:
+@merged_into_batch
+def forward(a: Array, b: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
     """h [B, T, C] in b's dtype and the final state [B, C] in float32."""
-    grid, specs = _blocks(a.shape, tiles, backwards=False)
+    grid, specs = _blocks(a.shape, TPU, backwards=False)
     resets, reset_specs, scratch = _resets(reset, specs)
     h, h_last = pl.pallas_call(
         functools.partial(_forward_kernel, a.shape[1], reset is not None),
@@ -46,10 +48,11 @@ def forward(a: Array, b: Array, h0: Array, reset: Array | None, tiles: Tiles = T
     return h, h_last[:, 0]
 
 
-def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array, dh_last: Array,
-             tiles: Tiles = TPU) -> tuple[Array, Array, Array]:
+@merged_into_batch
+def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
+             dh_last: Array) -> tuple[Array, Array, Array]:
     """(da, db, dh0) from the saved h and the cotangents of h and of the final state."""
-    grid, specs = _blocks(a.shape, tiles, backwards=True)
+    grid, specs = _blocks(a.shape, TPU, backwards=True)
     resets, reset_specs, scratch = _resets(reset, specs)
     da, db, dh0 = pl.pallas_call(
         functools.partial(_backward_kernel, a.shape[1], reset is not None),
@@ -178,7 +181,7 @@ def _forget(a: Array, keep, start) -> Array:
     return a if kept is None else jnp.where(kept > 0, a, 0)
 
 
-# Batch rows and channels are independent; the blocks of one row go in order of time, so that its state can stay in VMEM.
+# Batch rows and channels are independent; blocks of one row go in order of time, so that its state can stay in VMEM.
 _IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
