@@ -35,23 +35,23 @@ def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
              dh_last: Array) -> tuple[Array, Array, Array]:
     """(da, db, dh0) from the saved h and the cotangents of h and of the final state: README.md derives it."""
     def block(start, length, carry):
-        mu, da, db = carry
+        mu, db = carry
         a_block, dh_block = _part(a, start, length).astype(mu.dtype), _part(dh, start, length).astype(mu.dtype)
-        before = jnp.where(start == 0, h0, _part(h, jnp.maximum(start - 1, 0), 1)[:, 0].astype(mu.dtype))
-        h_block = _part(h, start, length).astype(mu.dtype)
         keep = _keep(reset, start, length)
-        da_steps, db_steps = [], []
+        steps = []
         for j in reversed(range(length)):
-            db_t = dh_block[:, j] + mu
-            mu = keep(j, a_block[:, j] * db_t)
-            da_steps.append(db_t * keep(j, h_block[:, j - 1] if j else before))
-            db_steps.append(db_t)
-        return mu, _write(da, da_steps[::-1], start), _write(db, db_steps[::-1], start)
+            steps.append(dh_block[:, j] + mu)
+            mu = keep(j, a_block[:, j] * steps[-1])
+        return mu, _write(db, steps[::-1], start)
 
     size, whole, tail = _blocks(a.shape[1])
-    carry = block(whole * size, tail, (dh_last, jnp.zeros_like(a), jnp.zeros_like(dh)))
-    dh0, da, db = jax.lax.fori_loop(0, whole, lambda i, carry: block((whole - 1 - i) * size, size, carry), carry)
-    return da, db, dh0
+    # b's gradient keeps mu's width here: a's is the product of it with the states before, in one pass afterwards.
+    carry = block(whole * size, tail, (dh_last, jnp.zeros_like(dh, dh_last.dtype)))
+    dh0, db = jax.lax.fori_loop(0, whole, lambda i, carry: block((whole - 1 - i) * size, size, carry), carry)
+    before = jnp.concatenate([h0[:, None], h[:, :-1].astype(h0.dtype)], axis=1)
+    if reset is not None:
+        before = jnp.where(reset[..., None], 0, before)
+    return (db * before).astype(a.dtype), db.astype(dh.dtype), dh0
 
 
 def _blocks(length: int) -> tuple[int, int, int]:
