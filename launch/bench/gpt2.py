@@ -13,7 +13,7 @@ def config(seq_len: int) -> dict[str, Any]:
     return dict(
         embed_dim=WIDTH, num_layers=LAYERS, pattern=("attention/mlp",), max_positions=seq_len, norm="layer",
         attention=dict(num_heads=HEADS, rope_theta=None, use_bias=True),
-        mlp=dict(mlp_dim=4 * WIDTH, activation="gelu", use_bias=True), dtype="float32")
+        mlp=dict(mlp_dim=4 * WIDTH, activation="gelu", use_bias=True), dtype="float32", scan=False)
 
 
 def from_torch(weights: dict[str, np.ndarray]) -> dict[str, Any]:

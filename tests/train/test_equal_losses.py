@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from runs import ADAMW, MODEL, SGD, losses
+from runs import ADAMW, SGD, losses, packed_batch
 
 MESHES = {
     "data8": dict(data=8),
@@ -26,8 +26,13 @@ def alone(optimizer: str) -> np.ndarray:
     return losses(optimizer=OPTIMIZERS[optimizer])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("mesh", [*list(MESHES)[:4], pytest.param("fsdp2_context2_tensor2", marks=pytest.mark.slow)])
+# Every mesh with AdamW and one with SGD by default; the rest is slow because each compiles for eight devices.
+CASES = [pytest.param(mesh, optimizer, id=f"{mesh}-{optimizer}", marks=() if (mesh, optimizer) in {
+    ("data8", "adamw"), ("data2_fsdp4", "adamw"), ("data2_fsdp2_tensor2", "adamw"), ("data2_fsdp2_tensor2", "sgd"),
+    ("data2_context4", "adamw")} else pytest.mark.slow) for mesh in MESHES for optimizer in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("mesh, optimizer", CASES)
 def test_eight_devices_equal_one(mesh, optimizer):
     np.testing.assert_allclose(losses(optimizer=OPTIMIZERS[optimizer], mesh=MESHES[mesh]), alone(optimizer), rtol=1e-5)
 
@@ -51,8 +56,9 @@ def test_microbatches_on_a_mesh_equal_one_device():
 
 
 @pytest.mark.parametrize("optimizer", [
-    SGD, ADAMW, dict(ADAMW, name="lion", learning_rate=1e-4), dict(ADAMW, name="adafactor", learning_rate=1e-3),
-    dict(ADAMW, name="muon", learning_rate=1e-3)], ids=lambda o: o["name"])
+    ADAMW, dict(ADAMW, name="muon", learning_rate=1e-3), pytest.param(SGD, marks=pytest.mark.slow),
+    pytest.param(dict(ADAMW, name="lion", learning_rate=1e-4), marks=pytest.mark.slow),
+    pytest.param(dict(ADAMW, name="adafactor", learning_rate=1e-3), marks=pytest.mark.slow)], ids=lambda o: o["name"])
 def test_scan_equals_unrolled(optimizer):
     scanned = losses(optimizer=optimizer, model=dict(scan=True))
     np.testing.assert_allclose(losses(optimizer=optimizer, model=dict(scan=False)), scanned, rtol=1e-5)
@@ -81,5 +87,5 @@ def test_parameters_stay_float32_under_bfloat16():
 
 
 def test_losses_fall():
-    assert alone("adamw")[-1] < alone("adamw")[0]
-    assert MODEL["dtype"] == "float32"
+    found = losses(batch_of=lambda n: packed_batch(0))
+    assert found[-1] < found[0] - 0.1

@@ -105,13 +105,16 @@ def test_a_half_written_checkpoint_is_never_chosen(complete, tmp_path):
     assert sorted(rows(workdir)) == list(range(1, 11))
 
 
-def test_another_mesh_goes_on_with_the_same_losses(tmp_path):
-    """Eight devices for the first six steps, then other meshes and fewer devices, against one device throughout."""
+@pytest.mark.parametrize("parts", [
+    ((4, 8, ("data=2", "fsdp=4")), (12, 2, ("fsdp=2", "data=1"))),
+    pytest.param(((4, 2, ("data=2",)), (8, 8, ("data=1", "fsdp=2", "tensor=2", "context=2")), (12, 1, ("data=1",))),
+                 marks=pytest.mark.slow)], ids=["fewer", "other"])
+def test_another_mesh_goes_on_with_the_same_losses(tmp_path, parts):
+    """(until step, devices, mesh): a run that changes both on the way, against one device throughout."""
     one = tmp_path / "one"
     assert run(one)[0] == 0
     split = tmp_path / "split"
-    for steps, devices, mesh in ((4, 8, ("data=2", "fsdp=4")), (8, 8, ("data=1", "fsdp=2", "tensor=2", "context=2")),
-                                 (12, 2, ("fsdp=2", "data=1"))):
+    for steps, devices, mesh in parts:
         code, out = run(split, f"--config.train.steps={steps}", *(f"--config.mesh.{axis}" for axis in mesh),
                         devices=devices)
         assert code == 0, out
