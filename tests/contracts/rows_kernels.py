@@ -16,7 +16,7 @@ class Scan(NamedTuple):
     """What a recurrence promises besides: pieces that hand on the state equal the whole, and documents are separate."""
     time: tuple[str, ...]               # inputs with time on axis 1; the first output has it too
     state: str                          # the input that the last output continues
-    reset: str = "reset"
+    reset: str | None = "reset"
 
 
 class Row(NamedTuple):
@@ -39,10 +39,14 @@ def linear_scan_inputs(rng: np.random.Generator, batch: int, time: int, width: i
                 h0=rng.normal(size=(batch, width)), reset=reset)
 
 
-def linear_scan_oracle(a, b, h0, reset):
+def without_reset(make: Callable) -> Callable:
+    return lambda rng, *size: {name: x for name, x in make(rng, *size).items() if name != "reset"}
+
+
+def linear_scan_oracle(a, b, h0, reset=None):
     h, out = np.array(h0, np.float64), np.zeros(b.shape)
     for t in range(a.shape[1]):
-        for row in np.flatnonzero(reset[:, t]):
+        for row in np.flatnonzero(reset[:, t]) if reset is not None else ():
             h[row] = 0
         h = a[:, t] * h + b[:, t]
         out[:, t] = h
@@ -55,4 +59,8 @@ ROWS = [
         kernels=("pallas_tpu",), kernel_cases=(((2, 7, 5), "float32"), ((1, 523, 130), "bfloat16")),
         slow_kernel_sizes=((2, 7, 5), (3, 1, 130), (1, 16, 520), (2, 128, 128), (9, 33, 1), (1, 523, 130)),
         full_size=(8, 2048, 2048), scan=Scan(time=("a", "b", "reset"), state="h0"), narrow=("a", "b")),
+    Row("linear_scan_without_reset", linear_scan, linear_scan_oracle, without_reset(linear_scan_inputs),
+        sizes=((2, 13, 5),), kernels=("pallas_tpu",), kernel_cases=(((3, 1, 130), "float32"),),
+        slow_kernel_sizes=((1, 523, 130),), full_size=(8, 2048, 2048),
+        scan=Scan(time=("a", "b"), state="h0", reset=None), narrow=("a", "b")),
 ]

@@ -58,8 +58,8 @@ def main(topology: str) -> None:
                 for direction, num_devices in ((forward, 1), (backward, 1), (split, 4)):
                     compiled = compile_for_tpu(topology, lambda given, f=direction, row=row, kernel=kernel:
                                                f(row, kernel, given), given, num_devices=num_devices)
-                    print(json.dumps(dict(op=row.name, kernel=kernel, dtype=dtype, direction=direction.__name__,
-                                          calls=kernels_in(compiled),
+                    print(json.dumps(dict(row=row.name, op=row.op.__name__, kernel=kernel, dtype=dtype,
+                                          direction=direction.__name__, calls=kernels_in(compiled),
                                           temporaries=compiled.memory_analysis().temp_size_in_bytes)), flush=True)
 
 
