@@ -164,5 +164,12 @@ def _run(command: str, argv: Sequence[str]) -> int:
     return importlib.import_module(COMMANDS[command][0]).main(args) or 0
 
 
+def entry() -> int:
+    """The console command: `main` in a process of its own, which may start itself again."""
+    from launch.huge_pages import restart_with_huge_pages
+    restart_with_huge_pages(sys.argv[1:])
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

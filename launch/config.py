@@ -71,6 +71,10 @@ def check(config: ConfigDict, num_devices: int | None = None) -> None:
     """
     from lm.optim.schedules import make_schedule
     make_schedule(options(config, "optimizer"), config.train.steps)
+    if config.checkpoint.keep_best and config.checkpoint.every % config.eval.every:
+        raise ValueError(
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs an evaluation at every checkpoint: "
+            f"checkpoint.every={config.checkpoint.every} must be a multiple of eval.every={config.eval.every}")
     longest = config.model.get("max_positions")
     if longest is not None and config.train.seq_len > longest:
         raise ValueError(f"config.train.seq_len={config.train.seq_len} is longer than the table of positions, "

@@ -51,7 +51,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    left = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if OUT_OF_TIME in str(report.longrepr)]
+    skipped = terminalreporter.stats.get("skipped", [])
+    left = [report.nodeid for report in skipped if OUT_OF_TIME in str(report.longrepr)]
     if left:
         terminalreporter.section(f"{len(left)} tests were not run for lack of time")
         terminalreporter.write_line("\n".join(left))

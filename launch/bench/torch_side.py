@@ -20,7 +20,8 @@ def build():
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=gpt2.VOCAB, n_positions=seq_len, n_embd=gpt2.WIDTH, n_layer=gpt2.LAYERS, n_head=gpt2.HEADS, bos_token_id=None, eos_token_id=None,
+        vocab_size=gpt2.VOCAB, n_positions=seq_len, n_embd=gpt2.WIDTH, n_layer=gpt2.LAYERS, n_head=gpt2.HEADS,
+        bos_token_id=None, eos_token_id=None,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa"))
     model.train()
     np.savez(weights, **{k: v.numpy() for k, v in model.state_dict().items()})

@@ -1,7 +1,8 @@
 """`lm bench train`: our train step against PyTorch's GPT2LMHeadModel on the same cores, turn by turn.
 
-Both sides are processes that hold their model. Only one of them works at a time; they take turns of a few steps, so that
-a machine that slows down slows both. torch gets its best of one and of all threads and of its two AdamW, found first.
+Both sides are processes that hold their model. Only one of them works at a time; they take turns of a few steps, so
+that a machine that slows down slows both. torch gets its best of one and of all threads and of its two AdamW, found
+first. Both run with the memory setting of `launch.huge_pages`.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"a side of the benchmark ended with exit code {self.process.wait()}; its message is above")
+            raise ValueError(f"a side of the benchmark ended with exit code {self.process.wait()}; see above")
         return json.loads(line)
 
     def ask(self, line: str) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def markdown(result: dict[str, Any]) -> str:
     from launch.bench import gpt2
     facts = result["shapes"][0]["facts"]
     lines = [
-        f"One training step (forward, backward, AdamW), float32, {result['cores']} CPU cores, batch {gpt2.BATCH}, width "
-        f"{gpt2.WIDTH}, {gpt2.LAYERS} layers, {gpt2.HEADS} heads, vocabulary {gpt2.VOCAB}; Python {result['python']}, "
+        f"One training step (forward, backward, AdamW), float32, {result['cores']} CPU cores, batch {gpt2.BATCH}, "
+        f"width {gpt2.WIDTH}, {gpt2.LAYERS} layers, {gpt2.HEADS} heads, vocabulary {gpt2.VOCAB}; Python {result['python']}, "
         f"{facts['ours']['version']} against {facts['torch']['version']} (GPT2LMHeadModel, dropout 0). Medians of "
         f"{result['shapes'][0]['steps']} steps of each side, in turns of {TURN}. GEMM peak measured: "
         f"{result['gemm_gflops']:.0f} GFLOP/s.", "",

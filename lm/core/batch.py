@@ -1,4 +1,6 @@
-"""The batch that the data pipeline makes and the train step reads. Imports numpy only: data workers never touch a device.
+"""The batch that the data pipeline makes and the train step reads.
+
+Imports numpy only: data workers never touch a device.
 
 Shapes: B batch rows, T time.
 """

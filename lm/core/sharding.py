@@ -98,7 +98,8 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """Partition of an array whose dimensions carry these logical axes.
 
-    A mesh axis is used once, by the first dimension that asks. A dimension that its mesh axes do not divide stays whole.
+    A mesh axis is used once, by the first dimension that asks. A dimension that its mesh axes do not divide stays
+    whole.
     """
     used: set[str] = set()
     parts: list[Any] = []

@@ -48,6 +48,12 @@ def context(batch_size: int, length: int, *, start: int = 0, key: Key | None = N
 class Layer(Protocol):
     """A token mixer or channel mixer. Training, prefill, chunked prefill and one-token decoding are this one path."""
 
+    def check(self, embed_dim: int) -> None:
+        """Raises ValueError where the layer's fields do not fit together or the width."""
+
+    def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
+        """Forward FLOPs a token in rows of seq_len."""
+
     def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
         """State before the first token. `capacity` is how many tokens the state must be able to look back to;
         0, as in training, means that the state after the call will not be used to go on."""

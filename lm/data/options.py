@@ -58,15 +58,15 @@ class SourceOptions:
 class DataOptions(SourceOptions):
     """Text or tokens in, packed rows out."""
 
-    sources: dict = option(  # noqa: RUF009
+    sources: dict = option(
         {}, "a mixture: name -> dict(source=..., path=..., weight=...); excludes `source`")
     mixture: str = option("tokens", "what the weights of a mixture count: tokens or documents")
-    validation: dict = option(  # noqa: RUF009
+    validation: dict = option(
         {}, "a source of its own for validation, dict(source=..., path=...); nothing is then held out of training")
     validation_fraction: float | None = option(None, "share of documents held out, chosen by a hash of their content; "
                                                      "None is what prepared data says, else 0.05; 0 holds out nothing")
     split_seed: int = option(0, "seed of that choice; independent of the training seed")
-    tokenizer: str | dict | None = option(  # noqa: RUF009
+    tokenizer: str | dict | None = option(
         None, "'bytes' or dict(kind=..., path=...) with kind bytes, tokenizers, sentencepiece, tiktoken or rwkv_world; "
               "None is what prepared data was made with, else bytes")
     add_bos: bool = option(False, "begin documents with the tokenizer's bos id, so that the first token is predicted")

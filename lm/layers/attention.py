@@ -37,8 +37,9 @@ class KVCache(NamedTuple):
 class Attention(nn.Module):
     """softmax(Q K^T * scale) V over the earlier tokens of the same document (Vaswani et al. 2017, eq. 1).
 
-    num_heads: query heads. num_kv_heads: key-value heads, shared by num_heads / num_kv_heads queries each (Ainslie et
-      al. 2023); None is num_heads. head_dim: None is embed_dim / num_heads.
+    num_heads: query heads; None is one for every 64 of embed_dim.
+    num_kv_heads: key-value heads, shared by num_heads / num_kv_heads queries each (Ainslie et al. 2023); None is
+      num_heads. head_dim: None is embed_dim / num_heads.
     rope_theta: base of the rotary angles; None for none.
     qk_norm: RMSNorm over each head's queries and keys before rotation (Henry et al. 2020).
     window: a token sees itself and the window - 1 tokens before; None is all.
@@ -47,7 +48,7 @@ class Attention(nn.Module):
     implementation: of the attention operation; None is the best for the platform, logged once.
     """
 
-    num_heads: int
+    num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
@@ -60,40 +61,44 @@ class Attention(nn.Module):
 
     def check(self, embed_dim: int) -> None:
         """Raises ValueError where the fields do not fit together or the width."""
-        if self.num_heads < 1:
-            raise ValueError(f"attention.num_heads={self.num_heads} must be at least 1")
-        if self.head_dim is None and embed_dim % self.num_heads:
-            raise ValueError(f"attention.num_heads={self.num_heads} does not divide embed_dim={embed_dim}; "
+        heads, kv_heads = self.heads(embed_dim), self.kv_heads(embed_dim)
+        if heads < 1 or kv_heads < 1:
+            raise ValueError(f"attention.num_heads={heads} and num_kv_heads={kv_heads} must be at least 1")
+        if self.head_dim is None and embed_dim % heads:
+            raise ValueError(f"attention.num_heads={heads} does not divide embed_dim={embed_dim}; "
                              f"use a divisor, or set attention.head_dim")
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"attention.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if heads % kv_heads:
+            raise ValueError(f"attention.num_kv_heads={kv_heads} must divide num_heads={heads}")
         if self.rope_theta is not None and self.dim(embed_dim) % 2:
             raise ValueError(f"attention.head_dim={self.dim(embed_dim)} must be even for rotary positions; "
                              f"set rope_theta=None or an even head_dim")
         if self.window is not None and self.window < 1:
             raise ValueError(f"attention.window={self.window} must be at least 1, or None for no window")
 
-    @property
-    def kv_heads(self) -> int:
+    def heads(self, embed_dim: int) -> int:
+        """Number of query heads."""
+        return max(1, embed_dim // (self.head_dim or 64)) if self.num_heads is None else self.num_heads
+
+    def kv_heads(self, embed_dim: int) -> int:
         """Number of key-value heads."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        return self.heads(embed_dim) if self.num_kv_heads is None else self.num_kv_heads
 
     def dim(self, embed_dim: int) -> int:
         """Width of a head."""
-        return embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+        return embed_dim // self.heads(embed_dim) if self.head_dim is None else self.head_dim
 
     def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
         """Forward FLOPs a token: projections, and scores and values over the keys really seen, on average over the
         row: (T + 1) / 2 for causal attention, not T."""
         dim, window = self.dim(embed_dim), min(self.window or seq_len, seq_len)
         seen = window * (window + 1) / 2 + (seq_len - window) * window
-        return 2.0 * embed_dim * dim * (2 * self.num_heads + 2 * self.kv_heads) \
-            + 4.0 * self.num_heads * dim * seen / seq_len
+        heads, kv_heads = self.heads(embed_dim), self.kv_heads(embed_dim)
+        return 4.0 * embed_dim * dim * (heads + kv_heads) + 4.0 * heads * dim * seen / seq_len
 
     def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> KVCache:
         """An empty cache of `capacity` slots, or of `window` slots where that is fewer."""
         slots = min(capacity, self.window) if self.window else capacity
-        shape = (batch_size, slots, self.kv_heads, self.dim(embed_dim))
+        shape = (batch_size, slots, self.kv_heads(embed_dim), self.dim(embed_dim))
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
                        jnp.zeros((batch_size, slots), jnp.int32), jnp.full((batch_size, slots), -1, jnp.int32),
                        jnp.zeros((batch_size,), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
@@ -101,7 +106,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, state: KVCache, ctx: Context) -> tuple[Array, KVCache, Aux]:
         B, T, D = x.shape
-        H, G, K = self.num_heads, self.kv_heads, self.dim(D)
+        H, G, K = self.heads(D), self.kv_heads(D), self.dim(D)
         q = Dense(H * K, ("embed", "heads"), self.use_bias, name="query")(x).reshape(B, T, H, K)
         k = Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="key")(x).reshape(B, T, G, K)
         v = Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="value")(x).reshape(B, T, G, K)

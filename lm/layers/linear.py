@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.core.sharding import current_mesh
+from lm.core.sharding import constrain, current_mesh
 from lm.core.types import Array, Head
 
 
@@ -104,7 +104,8 @@ class Embed(nn.Module):
         """Returns (vectors, table [rows, features])."""
         table = self.param("embedding", nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes),
                            (self.rows, self.features))
-        return lookup(table, tokens).astype(dtype), table
+        # Rows are gathered whole: a lookup in a table that fsdp splits by columns would be replicated by the compiler.
+        return lookup(constrain(table, self.axes[0], "activation_embed"), tokens).astype(dtype), table
 
 
 class OutputHead(nn.Module):

@@ -71,7 +71,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:
         act, gated = ACTIVATIONS[self.activation]
         hidden = self.hidden_dim(x.shape[-1])
-        # Only the input of the nonlinearity is kept for the backward pass: a tanh GELU would keep six arrays of its size.
+        # Only the input of the nonlinearity is kept for the backward pass: a tanh GELU would keep six such arrays.
         act = jax.checkpoint(act)
         up = Dense(hidden, ("embed", "mlp"), self.use_bias, name="up")(x)
         h = act(Dense(hidden, ("embed", "mlp"), self.use_bias, name="gate")(x)) * up if gated else act(up)

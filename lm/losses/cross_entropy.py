@@ -58,8 +58,8 @@ def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None
         return a.reshape(B, shards, count * chunk)[:, :, :local].reshape(B, T)
 
     # The map closes over the head, so its gradient is summed over chunks in one buffer.
-    scores = jax.lax.map(jax.checkpoint(lambda part: _chunk_scores(part[0], head, part[1])), (cut(hidden), cut(targets)))
-    return jax.tree.map(join, scores)
+    one = jax.checkpoint(lambda part: _chunk_scores(part[0], head, part[1]))
+    return jax.tree.map(join, jax.lax.map(one, (cut(hidden), cut(targets))))
 
 
 def _chunk_scores(hidden: Array, head: Head, targets: Array) -> TokenScores:

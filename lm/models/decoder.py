@@ -3,7 +3,7 @@
 Shape legend: B batch, T time, D embed_dim, V padded vocabulary, L layers.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

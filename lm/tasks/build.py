@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lm.core.fields import check_known, did_you_mean, fill
+from lm.core.fields import build, check_known, did_you_mean, fill
 from lm.core.types import Objective
 from lm.losses import LOSSES
 from lm.losses.base import Term
@@ -42,6 +42,7 @@ def _resolve_term(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         options = {k: v for k, v in value.items() if k != "weight"}
         if dataclasses.is_dataclass(LOSSES[name]):
+            build(LOSSES[name], options, f"config.loss.{name}")  # for its own check
             options = fill(LOSSES[name], options, f"config.loss.{name}")
         else:
             check_known(options, (), f"config.loss.{name}", "option besides weight:")

@@ -36,6 +36,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
+                # Without it metrics are not written, and a resumed run would not know its best checkpoint.
+                best_fn=(lambda m: m[options.best_metric]) if options.keep_best else None, best_mode="min",
                 enable_async_checkpointing=True))
 
     @property

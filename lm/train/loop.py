@@ -207,12 +207,12 @@ def report_nonfinite(experiment: Experiment, workdir: epath.Path, step: int, ind
     The parameters were left as they were before that step; no checkpoint is written.
     """
     batch = experiment.batch_at(step, index, count)
-    path = workdir / f"nonfinite_step{step}_rows{index}.npz"
+    path = workdir / f"nonfinite_step{step + 1}_rows{index}.npz"
     with path.open("wb") as file:
         np.savez(file, **batch._asdict())
     rows = len(batch.tokens)
     first = step * rows * count + index * rows
-    logging.error("Loss or gradient of update %d is not finite. Its batch (global rows %d to %d) is in %s. Training "
+    logging.error("Loss or gradient of step %d is not finite. Its batch (global rows %d to %d) is in %s. Training "
                   "stopped; the last checkpoint is from before. Lower the learning rate, set optimizer.clip_norm, or "
                   "set train.on_nonfinite='skip'.", step + 1, first, first + rows - 1, path)
 

@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     """step: int32 updates done. params: variables of the model. opt_state: the optimizer's. carry: the objective's.
     ema: averaged parameters, or None. key: typed PRNG key of the run; a step's key is this one folded by the step.
     bad_step: first step whose loss or gradient was not finite and that was not skipped, else -1; from then on nothing
-    changes. skips: skipped updates in a row."""
+    changes. skips: skipped updates in a row; skipped: in all."""
 
     step: Array
     params: Params
@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
     key: Key
     bad_step: Array
     skips: Array
+    skipped: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Recipe:
     def around(self, params: Params, key: Key) -> TrainState:
         """The state before the first step from these parameters."""
         ema = params if self.optimizer.options.ema_decay is not None else None
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.tx.init(params), self.carry,
-                          jax.tree.map(jnp.array, ema), key, jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, self.optimizer.tx.init(params), self.carry, jax.tree.map(jnp.array, ema), key,
+                          bad_step=zero - 1, skips=zero, skipped=zero)
 
     def shardings(self, mesh: Mesh) -> TrainState:
         """The sharding of every array of the state: parameters by their axes, moments and averages like them."""
@@ -59,7 +61,7 @@ class Recipe:
         return TrainState(
             step=whole, params=params, opt_state=opt_state_shardings(self.optimizer.tx, shapes.params, params, mesh),
             carry=jax.tree.map(lambda _: whole, shapes.carry), ema=None if shapes.ema is None else params,
-            key=whole, bad_step=whole, skips=whole)
+            key=whole, bad_step=whole, skips=whole, skipped=whole)
 
     def abstract(self, mesh: Mesh) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""

@@ -55,24 +55,29 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             state.carry, batch, step_key, microbatches)
 
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
-
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         ok = finite & (state.bad_step < 0)
-        new = (params, opt_state, carry, ema)
-        old = (state.params, state.opt_state, state.carry, state.ema)
-        params, opt_state, carry, ema = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+        def update(grads, carry):
+            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
+            return params, opt_state, carry, ema
+
+        params, opt_state, carry, ema = jax.lax.cond(
+            ok, update, lambda grads, carry: (state.params, state.opt_state, state.carry, state.ema), grads, carry)
         bad = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         after = TrainState(
             step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema=ema, key=state.key,
-            bad_step=state.bad_step if skip_nonfinite else bad, skips=jnp.where(finite, 0, state.skips + 1))
+            bad_step=state.bad_step if skip_nonfinite else bad, skips=jnp.where(finite, 0, state.skips + 1),
+            skipped=state.skipped + jnp.where(finite, 0, 1))
         report = {
-            "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": optimizer.schedule(state.step),
+            "train/loss": loss, "train/grad_norm": grad_norm,
+            "train/lr": optimizer.schedule(state.step - state.skipped),  # the optimizer counts updates, not steps
             "train/tokens": jnp.sum(batch.present, dtype=jnp.float32), "train/skips": after.skips,
+            "train/skipped": after.skipped,
             "train/bad_step": after.bad_step,
             **{f"train/{name}": mean.value for name, mean in {**means, **metrics}.items()},
         }

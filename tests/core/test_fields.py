@@ -16,7 +16,7 @@ from lm.core.fields import build, conform, defaults, did_you_mean, field_types, 
 @dataclasses.dataclass(frozen=True)
 class Options:
     source: str = option("text", "where documents come from")
-    mixture: dict[str, float] = option({"a": 1.0}, "weights by name")  # noqa: RUF009 (what `option` is for)
+    mixture: dict[str, float] = option({"a": 1.0}, "weights by name")
     window: int | None = option(None, "tokens seen")
     rate: float = option(0.1, "per step")
     names: tuple[str, ...] = option((), "names")

@@ -40,9 +40,9 @@ def test_the_base_config_has_every_group_and_no_field():
     assert all(not group for group in base.get_config().values())
 
 
-def test_an_empty_config_says_what_it_needs():
-    with pytest.raises(ValueError, match=r"config\.model\.attention needs num_heads"):
-        config.resolve(base.get_config())
+def test_an_empty_config_is_complete():
+    made = config.resolve(base.get_config())
+    assert made.model.attention.num_heads is None and made.loss.next_token == 1.0
 
 
 @pytest.mark.parametrize(("given", "message"), [

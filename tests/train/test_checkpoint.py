@@ -40,6 +40,17 @@ def test_the_newest_and_the_best_are_kept(recipe, mesh, tmp_path):
     assert save_all(tmp_path, recipe, mesh, options, [3.0, 1.0, 2.0, None, 2.5, None]) == [2, 5, 6]
 
 
+def test_the_best_is_remembered_after_a_restart(recipe, mesh, tmp_path):
+    options = CheckpointOptions(keep=1, keep_best=1)
+    assert save_all(tmp_path, recipe, mesh, options, [1.0, None, 2.0]) == [1, 3]
+    state = recipe.create(0, mesh)
+    with open_checkpoints(tmp_path, options) as checkpoints:
+        for step, metrics in ((4, {METRIC: 3.0}), (5, None)):
+            checkpoints.save(step, state, {"step": step, "data": {}}, metrics)
+            checkpoints.wait()
+        assert checkpoints.steps == [1, 5]
+
+
 def test_only_the_newest_are_kept(recipe, mesh, tmp_path):
     assert save_all(tmp_path, recipe, mesh, CheckpointOptions(keep=2), [None] * 4) == [3, 4]
 

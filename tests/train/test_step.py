@@ -1,12 +1,13 @@
 """The train step itself: masks, what happens to a step that is not finite, averages, terms that do not add up."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import ADAMW, B, MODEL, T, VOCAB, losses, make_recipe, packed_batch
+from runs import ADAMW, MODEL, VOCAB, B, T, losses, make_recipe, packed_batch
 
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
@@ -25,7 +26,7 @@ def test_packed_equals_separate():
     checked = 0
     for row in range(B):
         starts = [*np.flatnonzero(batch.positions[row] == 0), T]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts):
             if batch.segment_ids[row, start] == 0:
                 continue
             width = T  # one shape, so one compilation: the rest of the row is padding

@@ -32,13 +32,32 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, documents: tuple[Array |
     Returns ([B, T, H, K] in q's dtype, log-sum-exp [B, H, T] in float32 or wider; EMPTY / 2 where no key is seen).
     """
     tokens = q.shape[1]
+    whole = one_document(*documents)
     blocks = 1 << max(0, -(-tokens // BLOCK) - 1).bit_length()
     block = -(-tokens // blocks)
     # Rows added at the end are keys that no real query reaches, and queries with a zero cotangent.
     q, k, v, documents = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, block * blocks - tokens)) + ((0, 0),) * (x.ndim - 2)), (q, k, v, documents))
-    out, logsumexp = _attend(float(scale), block, q, k, v, documents)
+    out, logsumexp = _attend(float(scale), block, q, k, v, (*documents, whole))
     return out[:, :tokens], logsumexp[:, :, :tokens]
+
+
+def one_document(q_documents: Array | None, k_documents: Array | None) -> Array | None:
+    """[B] bool: the row is a single document without padding, so that the causal order is all of its mask."""
+    if k_documents is None:
+        return None
+    first = q_documents[:, :1]
+    return ((q_documents == first) & (k_documents == first)).all(1) & (first[:, 0] >= 0)
+
+
+def _by_documents(function, documents, *arrays):
+    """`function(documents, *arrays)` of one row, told of documents only where there is more than one: comparing them
+    takes as long as half of the attention itself (B 8, T 256)."""
+    q_documents, k_documents, whole = documents
+    if whole is None:
+        return function((None, None), *arrays)
+    return jax.lax.cond(whole, functools.partial(function, (None, None)),
+                        functools.partial(function, (q_documents, k_documents)), *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -66,9 +85,10 @@ def _forward(scale, block, q, k, v, documents):
 
     def row(inputs):
         q_row, k_row, v_row, row_documents = inputs
-        out, logsumexp = _heads_at_a_time(
-            functools.partial(_forward_heads, block=block, documents=row_documents), heads, tokens,
-            _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads))
+        out, logsumexp = _by_documents(
+            lambda each, *wide: _heads_at_a_time(
+                functools.partial(_forward_heads, block=block, documents=each), heads, tokens, *wide),
+            row_documents, _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads))
         return out.swapaxes(0, 1).astype(q.dtype), logsumexp
 
     out, logsumexp = jax.lax.map(row, (q, k, v, documents))
@@ -84,15 +104,16 @@ def _backward(scale, block, saved, cotangents):
         q_row, k_row, v_row, row_documents, out_row, sum_row, d_out_row, d_sum_row = inputs
         d_wide = _wide_heads(d_out_row, heads)
         delta = (_wide_heads(out_row, heads) * d_wide).sum(-1) - d_sum_row
-        d_q, d_k, d_v = _heads_at_a_time(
-            functools.partial(_backward_heads, block=block, documents=row_documents), heads, tokens,
-            _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads), sum_row, delta,
-            d_wide)
+        d_q, d_k, d_v = _by_documents(
+            lambda each, *wide: _heads_at_a_time(
+                functools.partial(_backward_heads, block=block, documents=each), heads, tokens, *wide),
+            row_documents, _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads),
+            sum_row, delta, d_wide)
         d_k, d_v = (d.reshape(groups, heads // groups, *d.shape[1:]).sum(1) for d in (d_k, d_v))
         return tuple(d.swapaxes(0, 1).astype(x.dtype) for d, x in ((d_q * scale, q), (d_k, k), (d_v, v)))
 
     inputs = (q, k, v, documents, out, logsumexp, d_out, d_logsumexp)
-    return (*jax.lax.map(row, inputs), (None, None))
+    return (*jax.lax.map(row, inputs), (None, None, None))
 
 
 _attend.defvjp(_forward, _backward)
