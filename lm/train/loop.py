@@ -121,7 +121,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
             profiler.at(begin)
             for step in range(begin + 1, options.steps + 1):
                 # --- Step.
-                with meter.waiting():
+                with meter.waiting(metrics):
                     at, batch = next(batches)
                 assert at == step - 1, f"the data gave batch {at} for step {step}"
                 with profiler.step(step):

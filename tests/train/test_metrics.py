@@ -116,3 +116,16 @@ def test_measures_real_asynchronous_steps_without_waiting_for_each():
     row = meter.report()
     # The window holds the plain measurement whole; half a second is for a machine that is busy in between.
     assert elapsed <= row["perf/step_time"] * 8 <= elapsed + 0.5
+
+
+def test_a_batch_that_comes_while_the_devices_work_was_not_waited_for():
+    class Busy:
+        def __init__(self, ready):
+            self.is_ready = lambda: ready
+
+    ticks = iter(range(100))
+    meter = PerfMeter(1, None, jax.devices()[:1], clock=lambda: float(next(ticks)))
+    for ready in (True, False, True):
+        with meter.waiting([Busy(ready)]):
+            pass
+    assert meter._waited == 2.0
