@@ -50,7 +50,7 @@ class Evaluation:
         # A prompt that cannot be continued is found now, not after an hour of training.
         for prompt in self._options.samples:
             ids = encode_prompt(prepared.corpora.tokenizer, prompt, add_bos=self._data.add_bos)
-            prepared.model.initial_state(0, capacity=len(ids) + self._options.sample_tokens)
+            prepared.model.check_length(len(ids) + self._options.sample_tokens)
 
     def __call__(self, params: Params, step: int, note: Callable[[str], None]) -> dict[str, float]:
         """Metrics of this step, `eval/<set>/...`; prints a line a set, and the samples."""

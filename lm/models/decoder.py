@@ -51,16 +51,16 @@ class DecoderLM(nn.Module):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def initial_state(self, batch_size: int, *, capacity: int = 0) -> DecoderState:
-        """State before the first token, with room for `capacity` tokens (0: the state will not be used to go on).
-
-        Raises ValueError for more tokens than a table of learned positions has rows.
-        """
-        if self.max_positions is not None and capacity > self.max_positions:
-            raise ValueError(f"{capacity} tokens do not fit the {self.max_positions} learned positions of this model "
-                             f"(model.max_positions); ask for fewer tokens, or train with rotary positions")
+        """State before the first token, with room for `capacity` tokens (0: the state will not be used to go on)."""
         return DecoderState(jnp.zeros((batch_size,), jnp.int32),
                             self.stack.initial_state(batch_size, self.embed_dim, jnp.dtype(self.dtype),
                                                      capacity=capacity))
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError for more tokens than a table of learned positions has rows."""
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise ValueError(f"{num_tokens} tokens do not fit the {self.max_positions} learned positions of this model "
+                             f"(model.max_positions); ask for fewer tokens, or train with rotary positions")
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs a token in rows of seq_len: every matrix product, the head included; lookups are free."""

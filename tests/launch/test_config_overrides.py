@@ -116,7 +116,7 @@ def test_what_was_given_is_not_changed():
     ("train.steps=3.5", "config.train.steps must be int; got 3.5 (float)"),
     ("train.steps=many", "config.train.steps must be int; got 'many' (str)"),
     ("model.num_layers=None", "config.model.num_layers must be int; got None (NoneType)"),
-    ("model.attention.num_heads=x", "config.model.attention.num_heads must be int; got 'x' (str)"),
+    ("model.attention.num_heads=x", "config.model.attention.num_heads must be int | None; got 'x' (str)"),
     ("model.attention.kind=atention", "config.model.pattern names 'attention', and there is no layer of kind"),
     ("model.attention=3", "config.model has no field 'attention'"),
     ("loss.nxt_token=1", "config.loss has no loss 'nxt_token'; did you mean 'next_token'?"),

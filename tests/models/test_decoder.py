@@ -90,7 +90,8 @@ def test_learned_positions_go_on_from_the_state():
 def test_more_tokens_than_learned_positions_are_refused():
     model, _ = model_and_params(max_positions=16, attention=dict(num_heads=4, rope_theta=None))
     with pytest.raises(ValueError, match="17 tokens do not fit the 16 learned positions"):
-        model.initial_state(1, capacity=17)
+        model.check_length(17)
+    model.check_length(16)
 
 
 def test_positions_after_equals_a_loop():
