@@ -25,8 +25,8 @@ BASELINE = "bigram"
 class Evaluation:
     """Called by the loop with (params, step, note). `baselines` is filled at the first call.
 
-    prepared: the run, as `launch.train` builds it. Every process evaluates its own rows; only the first one samples,
-    where it holds all parameters, and writes.
+    prepared: the run, as `launch.train` builds it. Every process evaluates its own rows. Samples are drawn and
+    written in runs of one process only.
     """
 
     def __init__(self, prepared: Any, workdir: str):

@@ -50,7 +50,7 @@ class Corpus:
     def gather(self, document: np.ndarray, start: np.ndarray, length: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(inputs, targets, whether the target exists), each [sum(length)], of pieces one after the other."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} does not say how its tokens are read")
 
     def blocks(self, documents: np.ndarray, size: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(inputs, targets) of every target of the documents, at most `size` at a time."""

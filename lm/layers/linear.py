@@ -72,7 +72,7 @@ def _lookup_fwd(table, tokens):
     return lookup(table, tokens), (jnp.zeros((0, *table.shape[1:]), table.dtype), table.shape[0], tokens)
 
 
-# A scatter-add serialises on every backend; below this many rows one matmul with the one-hot matrix is faster.
+# Up to this many rows the gradient is one product with the one-hot matrix; a scatter-add has to serialise equal ids.
 ONE_HOT_ROWS = 1024
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lm.core.tree import map_named, named_leaves
 
@@ -53,6 +54,13 @@ def layer_names(names: Mapping[str, Any]) -> dict[str, list[tuple[str, int | Non
     return out
 
 
+def on_host(leaf: jax.Array) -> np.ndarray:
+    """A writable copy of the whole array, gathered from all processes where they share it."""
+    if not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(jax.device_get(leaf))
+
+
 def take_over(params: Any, other: Any) -> tuple[Any, Report]:
     """(params with the values of `other` wherever name and shape agree layer by layer, what happened).
 
@@ -75,8 +83,7 @@ def take_over(params: Any, other: Any) -> tuple[Any, Report]:
             elif value.shape != shape:
                 report.mismatched.append(f"{layer} {tuple(value.shape)} -> {tuple(shape)}")
             else:
-                # device_get may give a view of the array itself, which must not be written to.
-                fresh = np.array(jax.device_get(leaf)) if fresh is None else fresh
+                fresh = on_host(leaf) if fresh is None else fresh
                 fresh[... if index is None else index] = value
                 report.taken.append(layer)
         if fresh is None:
