@@ -83,3 +83,13 @@ def cases(operation: str | None = None) -> list[Case]:
         raise ValueError(f"no kernel operation {operation!r}{hint}; operations: {', '.join(known)}")
     names = known if operation is None else [operation]
     return [case for name in names for case in importlib.import_module(f"pallas_kernels.{name}.full_size").CASES]
+
+
+def find_case(name: str) -> Case:
+    """The case of that name. Raises ValueError with the nearest for an unknown one."""
+    known = {case.name: case for case in cases()}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no case {name!r}{hint}; cases: {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,143 @@
+"""Read the final instruction schedule that libtpu writes when it compiles: cycles without a TPU.
+
+A TPU core issues one bundle a cycle, in the order that the compiler laid down. So the bundles of a loop body times its
+trips are the cycles of the kernel, waiting for memory excluded. Every bundle is counted as if it ran in each trip:
+bundles under a condition, such as filling the state in a row's first block, make the sum an upper bound.
+
+libtpu writes the schedule when LIBTPU_INIT_ARGS holds `dump_flags(folder)` as it is loaded. Per kernel there are
+`*-final_bundles.txt`, the bundles with loop bodies marked, and `*-final_hlo-static-per-bundle-utilization.txt`, the
+issue slots that each bundle uses, with their names and number in its head.
+"""
+
+import math
+import pathlib
+import re
+from typing import NamedTuple
+
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LB|LH|LE|PB|PF|CT):?\s*)?:?\s*((?:>\s*)*)\{")
+_COMPARE = re.compile(r"scmp\.(ge|gt|eq)\.s32\.totalorder (%\w+), (\d+) /\* loop exit test \*/")
+# The pipeline over the grid takes as many trips more as it has stages, in which the loops inside are jumped over.
+_STAGE = re.compile(r"/\* (?:phi copy :: )?iteration index, stage = (\d+)")
+_SPILLS = ("VLOAD:FILL", "VSTORE:SPILL", "FILL", "SPILL")
+
+
+class Body(NamedTuple):
+    """A loop body, without the bodies of the loops inside. depth 0 is straight code, 1 the grid, 2.. loops inside."""
+    at: str                    # address of its first bundle
+    depth: int
+    bundles: int
+    trips: int | None          # of this loop alone; None where the bound is not a constant
+    runs: int | None           # trips of it and of all loops around it
+    shares: dict[str, float]   # of the issue slots of each unit that its bundles use
+    spills: int                # loads and stores of spilled vector registers
+
+
+class Schedule(NamedTuple):
+    kernel: str
+    bodies: list[Body]
+    slots: dict[str, int]      # issue slots of each unit, a cycle
+
+    @property
+    def cycles(self) -> int:
+        """Bundles times trips, over all bodies whose trips are known."""
+        return sum(body.bundles * body.runs for body in self.bodies if body.runs is not None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the trips of every body are known."""
+        return all(body.runs is not None for body in self.bodies)
+
+    @property
+    def inner(self) -> Body:
+        """The body that takes the most cycles."""
+        return max(self.bodies, key=lambda body: body.bundles * (body.runs or 1))
+
+
+def dump_flags(folder: str) -> str:
+    """What LIBTPU_INIT_ARGS has to be."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def read_schedules(folder: pathlib.Path, kernels: list[str]) -> list[Schedule]:
+    """Schedules of the named kernels, in that order. Raises FileNotFoundError where the compiler wrote none."""
+    out = []
+    for kernel in kernels:
+        pattern = re.compile(rf"^\d+-{re.escape(kernel)}(\.\d+)?-\d+-final_bundles\.txt$")
+        finals = sorted(path for path in folder.iterdir() if pattern.match(path.name))
+        if not finals:
+            raise FileNotFoundError(f"the compiler wrote no schedule of {kernel!r} to {folder}")
+        stem = re.sub(r"-\d+-final_bundles\.txt$", "", finals[-1].name)
+        tables = sorted(folder.glob(f"{stem}-*final_hlo-static-per-bundle-utilization.txt"))
+        out.append(parse(kernel, finals[-1].read_text(errors="replace"), tables[-1].read_text() if tables else ""))
+    return out
+
+
+def parse(kernel: str, bundles: str, utilization: str) -> Schedule:
+    """One schedule from the text of the two files."""
+    slots, used = parse_utilization(utilization)
+    groups = _bodies(bundles)
+    trips = [_trips(group["text"], bundles) if group["depth"] else 1 for group in groups]
+    bodies = []
+    for group, own in zip(groups, trips, strict=True):
+        if not group["rows"]:
+            continue
+        around = [None if trips[i] is None else trips[i] - groups[i]["stages"] for i in group["chain"][:-1]]
+        runs = None if None in around or own is None else math.prod([*around, own])
+        counts = {unit: sum(used[row][i] for row in group["rows"] if row < len(used)) for i, unit in enumerate(slots)}
+        shares = {unit: counts[unit] / (slots[unit] * len(group["rows"])) for unit in slots if unit not in _SPILLS}
+        bodies.append(Body(group["at"], group["depth"], len(group["rows"]), own, runs, shares,
+                           sum(count for unit, count in counts.items() if unit in _SPILLS)))
+    return Schedule(kernel, bodies, slots)
+
+
+def parse_utilization(text: str) -> tuple[dict[str, int], list[list[int]]]:
+    """(issue slots a unit, slots used by each bundle). Units and their number differ between versions of libtpu."""
+    names: list[str] = []
+    numbers: list[list[int]] = []
+    for line in text.splitlines():
+        if "," in line and not names:
+            names = [name.strip() for name in line.split(",")]
+        elif re.match(r"^\s*\d", line):
+            numbers.append([int(x) for x in line.split()])
+    if not names or not numbers:
+        return {}, []
+    return dict(zip(names, numbers[0], strict=True)), numbers[1:]
+
+
+def _bodies(text: str) -> list[dict]:
+    """Loop bodies in order of their first bundle: rows, text, the loops around with itself, and pipeline stages."""
+    out = [dict(at="0x0", depth=0, rows=[], text="", chain=[0])]
+    current, row = 0, 0
+    for line in text.splitlines():
+        match = _BUNDLE.match(line)
+        if match:
+            address, tag, arrows = match.groups()
+            depth = arrows.count(">")
+            if tag == "LB":
+                around = [i for i in out[current]["chain"] if out[i]["depth"] < depth]
+                out.append(dict(at=address, depth=depth, rows=[], text="", chain=[*around, len(out)]))
+                current = len(out) - 1
+            elif line[match.end():].lstrip()[:1] != "}":     # an empty bundle is printed without its depth
+                current = max(i for i in out[current]["chain"] if out[i]["depth"] <= depth)
+            out[current]["rows"].append(row)
+            row += 1
+        out[current]["text"] += line + "\n"             # lines that are no bundle go on with the comment of the last
+    for group in out:
+        group["stages"] = max(map(int, _STAGE.findall(group["text"])), default=0)
+    return out
+
+
+def _trips(own: str, everything: str) -> int | None:
+    """Trips of the loop with this body, where they are constant: from its exit test, its step and its start."""
+    test = _COMPARE.search(own)
+    if not test:
+        return None
+    compare, counter, bound = test.groups()
+    step = re.search(rf"{re.escape(counter)} = sadd\.s32 (\d+), (%\w+)", own)
+    if not step:
+        return None
+    begin = re.search(rf"{re.escape(step[2])} = sphi (%\w+), {re.escape(counter)}\b", own)
+    start = begin and re.search(rf"{re.escape(begin[1])} = smov (\d+)\b", everything)
+    if not start:
+        return None
+    return -(-(int(bound) + (compare == "gt") - int(start[1])) // int(step[1]))
