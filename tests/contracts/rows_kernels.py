@@ -4,12 +4,18 @@ The inputs of an operation are a dict of numpy arrays, floats in float64 and the
 `op(**inputs, implementation=name)` gives one array or a tuple of them.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.peer_experts import peer_experts
+from pallas_kernels.product_key_topk import product_key_topk
+from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv7 import wkv7
 
 
 class Scan(NamedTuple):
@@ -53,6 +59,94 @@ def linear_scan_oracle(a, b, h0, reset=None):
     return out, h
 
 
+def wkv6_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, keys: int, values: int) -> dict:
+    """Decays from 1e-40 to 0.9999."""
+    narrow = lambda width: rng.normal(size=(batch, time, heads, width))
+    return dict(r=narrow(keys), w=-np.exp(rng.uniform(-9, 4.5, (batch, time, heads, keys))), k=narrow(keys),
+                v=narrow(values), u=rng.normal(size=(batch, heads, keys)),
+                state=rng.normal(size=(batch, heads, keys, values)), reset=rng.random((batch, time)) < 0.1)
+
+
+def wkv6_oracle(r, w, k, v, u, state, reset):
+    state, y = np.array(state, np.float64), np.zeros(v.shape)
+    for i, t, h in np.ndindex(*v.shape[:3]):
+        if reset[i, t]:
+            state[i, h] = 0
+        now = np.outer(k[i, t, h], v[i, t, h])
+        y[i, t, h] = (state[i, h] + np.diag(u[i, h]) @ now).T @ r[i, t, h]
+        state[i, h] = np.diag(np.exp(w[i, t, h])) @ state[i, h] + now
+    return y, state
+
+
+def wkv7_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, keys: int, values: int) -> dict:
+    """As RWKV-7 makes them, with decays from 1e-40 to 0.9999."""
+    given = wkv6_inputs(rng, batch, time, heads, keys, values)
+    del given["u"]
+    kappa = rng.normal(size=given["k"].shape)
+    kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
+    return given | dict(a=-kappa, b=kappa * rng.random(kappa.shape))
+
+
+def wkv7_oracle(r, w, k, v, a, b, state, reset):
+    """With the state transposed, values along its rows, as RWKV-7 is written."""
+    state, y = np.swapaxes(np.array(state, np.float64), -1, -2), np.zeros(v.shape)
+    for i, t, h in np.ndindex(*v.shape[:3]):
+        if reset[i, t]:
+            state[i, h] = 0
+        before = state[i, h]
+        state[i, h] = (before @ np.diag(np.exp(w[i, t, h])) + np.outer(before @ a[i, t, h], b[i, t, h])
+                       + np.outer(v[i, t, h], k[i, t, h]))
+        y[i, t, h] = state[i, h] @ r[i, t, h]
+    return y, np.swapaxes(state, -1, -2)
+
+
+@functools.wraps(product_key_topk)
+def best_16(q1, q2, c1, c2, *, implementation=None):
+    """The scores alone, as ids have no gradient, and in the inputs' dtype."""
+    return product_key_topk(q1, q2, c1, c2, 16, implementation=implementation)[0].astype(q1.dtype)
+
+
+def product_key_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, keys: int, width: int) -> dict:
+    queries, sub_keys = (batch, time, heads, width), (keys, width)
+    shapes = dict(q1=queries, q2=queries, c1=sub_keys, c2=sub_keys)
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def best_16_oracle(q1, q2, c1, c2):
+    out = np.zeros((*q1.shape[:3], 16))
+    for where in np.ndindex(*q1.shape[:3]):
+        sums = [a @ q1[where] + b @ q2[where] for a in c1 for b in c2]
+        out[where] = sorted(sums, reverse=True)[:16]
+    return out
+
+
+@functools.wraps(peer_experts)
+def gelu_experts(x, ids, gates, table, *, implementation=None):
+    return peer_experts(x, ids, gates, table, activation=jax.nn.gelu, implementation=implementation)
+
+
+def peer_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, chosen: int, experts: int, kinds: int,
+                width: int) -> dict:
+    """Some ids are none, and with few experts some are chosen several times by a token."""
+    ids = rng.integers(-1, experts, (batch, time, heads, chosen)).astype(np.int32)
+    return dict(x=rng.normal(size=(batch, time, width)), ids=ids, gates=rng.normal(size=ids.shape),
+                table=rng.normal(size=(experts, kinds, width)))
+
+
+def gelu_experts_oracle(x, ids, gates, table):
+    y = np.zeros(x.shape)
+    for b, t, h, j in np.ndindex(*ids.shape):
+        if ids[b, t, h, j] < 0:
+            continue
+        down, up, *gate = table[ids[b, t, h, j]]
+        inner = down @ x[b, t]
+        hidden = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner ** 3)))
+        for row in gate:
+            hidden *= row @ x[b, t]
+        y[b, t] += gates[b, t, h, j] * hidden * up
+    return y
+
+
 ROWS = [
     Row("linear_scan", linear_scan, linear_scan_oracle, linear_scan_inputs,
         sizes=((2, 13, 5), (3, 1, 4), (1, 8, 3), (2, 64, 1)),
@@ -63,4 +157,18 @@ ROWS = [
         sizes=((2, 13, 5),), kernels=("pallas_tpu",), kernel_cases=(((3, 1, 130), "float32"),),
         slow_kernel_sizes=((1, 523, 130),), full_size=(8, 2048, 2048),
         scan=Scan(time=("a", "b"), state="h0", reset=None), narrow=("a", "b")),
+    Row("wkv6", wkv6, wkv6_oracle, wkv6_inputs,
+        sizes=((2, 13, 3, 5, 4), (3, 1, 2, 4, 7), (1, 35, 1, 8, 8)),
+        kernels=(), kernel_cases=(), slow_kernel_sizes=(), full_size=(8, 2048, 32, 64, 64),
+        scan=Scan(time=("r", "w", "k", "v", "reset"), state="state"), narrow=("r", "k", "v")),
+    Row("wkv7", wkv7, wkv7_oracle, wkv7_inputs,
+        sizes=((2, 13, 3, 5, 4), (3, 1, 2, 4, 7), (1, 35, 1, 8, 8)),
+        kernels=(), kernel_cases=(), slow_kernel_sizes=(), full_size=(8, 2048, 32, 64, 64),
+        scan=Scan(time=("r", "w", "k", "v", "a", "b", "reset"), state="state"), narrow=("r", "k", "v", "a", "b")),
+    Row("product_key_topk", best_16, best_16_oracle, product_key_inputs,
+        sizes=((1, 3, 2, 17, 4), (2, 5, 3, 17, 4), (1, 1, 1, 16, 1)), kernels=(), kernel_cases=(), slow_kernel_sizes=(),
+        full_size=(8, 2048, 8, 1024, 128), narrow=("q1", "q2", "c1", "c2")),
+    Row("peer_experts", gelu_experts, gelu_experts_oracle, peer_inputs,
+        sizes=((1, 5, 6, 4, 49, 2, 7), (2, 1, 1, 3, 5, 3, 8), (3, 4, 2, 1, 1, 2, 1)), kernels=(), kernel_cases=(),
+        slow_kernel_sizes=(), full_size=(8, 2048, 8, 16, 2 ** 20, 2, 1024), narrow=("x", "table")),
 ]

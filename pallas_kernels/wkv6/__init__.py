@@ -1,0 +1,1 @@
+from pallas_kernels.wkv6.api import wkv6 as wkv6
