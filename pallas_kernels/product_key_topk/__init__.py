@@ -1,0 +1,2 @@
+from pallas_kernels.product_key_topk.api import num_sub_keys as num_sub_keys
+from pallas_kernels.product_key_topk.api import product_key_topk as product_key_topk
