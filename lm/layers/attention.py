@@ -13,7 +13,7 @@ from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context
 from lm.layers.attention_op import dot_product_attention
 from lm.layers.dropout import dropout
-from lm.layers.linear import Dense
+from lm.layers.linear import Dense, project
 from lm.layers.norm import RMSNorm
 from lm.layers.rope import rotate
 
@@ -107,9 +107,10 @@ class Attention(nn.Module):
     def __call__(self, x: Array, state: KVCache, ctx: Context) -> tuple[Array, KVCache, Aux]:
         B, T, D = x.shape
         H, G, K = self.heads(D), self.kv_heads(D), self.dim(D)
-        q = Dense(H * K, ("embed", "heads"), self.use_bias, name="query")(x).reshape(B, T, H, K)
-        k = Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="key")(x).reshape(B, T, G, K)
-        v = Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="value")(x).reshape(B, T, G, K)
+        q, k, v = project(x, Dense(H * K, ("embed", "heads"), self.use_bias, name="query"),
+                          Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="key"),
+                          Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="value"))
+        q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, G, K), v.reshape(B, T, G, K)
         if self.qk_norm:
             q, k = RMSNorm(axis="head_dim", name="query_norm")(q), RMSNorm(axis="head_dim", name="key_norm")(k)
         if self.rope_theta is not None:

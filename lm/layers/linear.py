@@ -45,18 +45,36 @@ class Dense(nn.Module):
     init_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def weights(self, in_features: int) -> tuple[Array, Array | None]:
+        """kernel [in_features, features], bias [features] or None."""
         kernel = self.param("kernel", nn.with_logical_partitioning(fan_in(self.init_scale), self.axes),
-                            (x.shape[-1], self.features))
+                            (in_features, self.features))
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+                                  (self.features,))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.weights(x.shape[-1])
         y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
-                              (self.features,))
-            y = y + bias.astype(x.dtype)
-        return y
+        return y if bias is None else y + bias.astype(x.dtype)
+
+
+def project(x: Array, *layers: Dense) -> list[Array]:
+    """[layer(x) for layer in layers], as one product where one device holds everything and adapters are absent.
+
+    The product of the joined kernels is wide enough for both of two CPU cores where those of its parts are not.
+    """
+    if current_mesh() is not None or any(layer.has_variable("lora", "a") for layer in layers):
+        return [layer(x) for layer in layers]
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    y = matmul(x, jnp.concatenate(kernels, 1).astype(x.dtype))
+    if biases[0] is not None:
+        y = y + jnp.concatenate(biases).astype(x.dtype)
+    return jnp.split(y, [sum(layer.features for layer in layers[:i]) for i in range(1, len(layers))], -1)
 
 
 @jax.custom_vjp

@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm, computed in float32 whatever the activations are."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,6 +11,15 @@ from lm.core.types import Array
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@partial(jax.checkpoint, static_argnums=3)  # only x is kept for the backward pass, not two more arrays of its size
+def _layer_norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
+    wide = _wide(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    y = y * scale.astype(wide.dtype)
+    return (y if bias is None else y + bias.astype(wide.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -35,11 +46,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:])
-        wide = _wide(x)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        y = y * scale.astype(wide.dtype)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), x.shape[-1:])
-            y = y + bias.astype(wide.dtype)
-        return y.astype(x.dtype)
+        return _layer_norm(x, scale, bias, self.eps)

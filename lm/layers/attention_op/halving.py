@@ -2,13 +2,13 @@
 w = block, 2 block, ... T / 2, squares [w, w] below it (the later half of 2 w rows against the earlier half).
 
 All squares of a level are one batched matrix product, so a few large products without a mask take the place of many
-strips, and nothing above the diagonal is computed. Each level is a softmax of its own; they merge by their maxima. One
-row of the batch and a few heads are worked on at a time (`lax.map`), so that the scores stay in the cache: on two cores
-2.1 times the speed of unrolled strips over the whole batch (float32, B 8, H 4, T 1024, K 64, forward and backward).
+strips, and nothing above the diagonal is computed. Each level is a softmax of its own; they merge by their maxima. A
+few heads of a row, or all heads of a few rows, are worked on at a time, so that the scores stay in the cache: on two
+cores 2.1 times the speed of unrolled strips over the whole batch (float32, B 8, H 4, T 1024, K 64, both passes).
 The operand layouts matter as much: XLA's batched CPU products run at a third of their speed when the left operand is
 contracted over its rows, hence the transposed scores of the backward pass.
 
-Shape legend: B batch, T tokens, H heads, G key-value heads, K head_dim, C heads at a time, n blocks or squares.
+Shape legend: B batch, T tokens, H heads, G key-value heads, K head_dim, C rows x heads at a time, n blocks or squares.
 """
 
 import functools
@@ -32,32 +32,35 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, documents: tuple[Array |
     Returns ([B, T, H, K] in q's dtype, log-sum-exp [B, H, T] in float32 or wider; EMPTY / 2 where no key is seen).
     """
     tokens = q.shape[1]
-    whole = one_document(*documents)
     blocks = 1 << max(0, -(-tokens // BLOCK) - 1).bit_length()
     block = -(-tokens // blocks)
     # Rows added at the end are keys that no real query reaches, and queries with a zero cotangent.
     q, k, v, documents = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, block * blocks - tokens)) + ((0, 0),) * (x.ndim - 2)), (q, k, v, documents))
-    out, logsumexp = _attend(float(scale), block, q, k, v, (*documents, whole))
+    # Distinct arrays, and one comparison: XLA's CPU backend (jax 0.10.2) does not vectorise a fused loop that reads
+    # one array in two ways, and then takes seven times as long for the masked scores. Negative numbers match nothing.
+    q_documents, k_documents = documents
+    if k_documents is not None:
+        documents = jnp.where(q_documents < 0, -1, q_documents + 1), jnp.maximum(k_documents, -1) + 1
+    out, logsumexp = _attend(float(scale), block, q, k, v, documents)
     return out[:, :tokens], logsumexp[:, :, :tokens]
 
 
-def one_document(q_documents: Array | None, k_documents: Array | None) -> Array | None:
-    """[B] bool: the row is a single document without padding, so that the causal order is all of its mask."""
-    if k_documents is None:
-        return None
-    first = q_documents[:, :1]
-    return ((q_documents == first) & (k_documents == first)).all(1) & (first[:, 0] >= 0)
+def at_a_time(rows: int, heads: int, tokens: int) -> tuple[int, int]:
+    """(rows, heads) to work on together so that they fit in the cache; several rows only with all of their heads."""
+    fit = max(1, CACHE_BYTES // (4 * tokens * max(BLOCK, tokens // 4)))  # the largest level of a head, in float32
+    return (max((r for r in range(1, rows + 1) if rows % r == 0 and r * heads <= fit), default=1),
+            max(c for c in range(1, heads + 1) if heads % c == 0 and c <= fit))
 
 
-def _by_documents(function, documents, *arrays):
-    """`function(documents, *arrays)` of one row, told of documents only where there is more than one: comparing them
-    takes as long as half of the attention itself (B 8, T 256)."""
-    q_documents, k_documents, whole = documents
-    if whole is None:
-        return function((None, None), *arrays)
-    return jax.lax.cond(whole, functools.partial(function, (None, None)),
-                        functools.partial(function, (q_documents, k_documents)), *arrays)
+def _map(function, size, *arrays):
+    """`function` over `size` of the leading axis at a time; no loop where that is all of it."""
+    count = len(arrays[0])
+    if size == count:
+        return function(*arrays)
+    split = [None if x is None else x.reshape(count // size, size, *x.shape[1:]) for x in arrays]
+    results = jax.lax.map(lambda each: function(*each), split)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -65,55 +68,46 @@ def _attend(scale, block, q, k, v, documents):
     return _forward(scale, block, q, k, v, documents)[0]
 
 
-def _heads_at_a_time(function, heads: int, tokens: int, *arrays):
-    """`function` over [H, ...] arrays, as many heads at a time as fit in the cache."""
-    fit = max(1, CACHE_BYTES // (tokens * tokens))  # T^2 / 4 scores of 4 bytes a head
-    size = max(c for c in range(1, heads + 1) if heads % c == 0 and c <= fit)
-    split = [x.reshape(heads // size, size, *x.shape[1:]) for x in arrays]
-    results = jax.lax.map(lambda each: function(*each), split)
-    return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), results)
-
-
-def _wide_heads(x, heads):
-    """One row [T, G, K] -> [H, T, K] in float32 or wider."""
+def _heads_first(x, heads):
+    """[R, T, G, K] -> [R H, T, K] in float32 or wider."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.repeat(x.swapaxes(0, 1), heads // x.shape[1], axis=0)
+    return jnp.repeat(x.swapaxes(1, 2), heads // x.shape[2], axis=1).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _heads_last(x, rows):
+    """The way back: [R G, T, K] -> [R, T, G, K]."""
+    return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
 def _forward(scale, block, q, k, v, documents):
-    heads, tokens = q.shape[2], q.shape[1]
+    tokens, heads = q.shape[1:3]
+    rows, together = at_a_time(len(q), heads, tokens)
 
-    def row(inputs):
-        q_row, k_row, v_row, row_documents = inputs
-        out, logsumexp = _by_documents(
-            lambda each, *wide: _heads_at_a_time(
-                functools.partial(_forward_heads, block=block, documents=each), heads, tokens, *wide),
-            row_documents, _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads))
-        return out.swapaxes(0, 1).astype(q.dtype), logsumexp
+    def some_rows(q_rows, k_rows, v_rows, *row_documents):
+        out, logsumexp = _map(functools.partial(_forward_heads, block, row_documents), together * rows,
+                              _heads_first(q_rows, heads) * scale, _heads_first(k_rows, heads),
+                              _heads_first(v_rows, heads))
+        return _heads_last(out, rows).astype(q.dtype), logsumexp.reshape(rows, heads, tokens)
 
-    out, logsumexp = jax.lax.map(row, (q, k, v, documents))
+    out, logsumexp = _map(some_rows, rows, q, k, v, *documents)
     return (out, logsumexp), (q, k, v, documents, out, logsumexp)
 
 
 def _backward(scale, block, saved, cotangents):
     q, k, v, documents, out, logsumexp = saved
-    d_out, d_logsumexp = cotangents
-    heads, tokens, groups = q.shape[2], q.shape[1], k.shape[2]
+    tokens, heads, groups = *q.shape[1:3], k.shape[2]
+    rows, together = at_a_time(len(q), heads, tokens)
 
-    def row(inputs):
-        q_row, k_row, v_row, row_documents, out_row, sum_row, d_out_row, d_sum_row = inputs
-        d_wide = _wide_heads(d_out_row, heads)
-        delta = (_wide_heads(out_row, heads) * d_wide).sum(-1) - d_sum_row
-        d_q, d_k, d_v = _by_documents(
-            lambda each, *wide: _heads_at_a_time(
-                functools.partial(_backward_heads, block=block, documents=each), heads, tokens, *wide),
-            row_documents, _wide_heads(q_row, heads) * scale, _wide_heads(k_row, heads), _wide_heads(v_row, heads),
-            sum_row, delta, d_wide)
-        d_k, d_v = (d.reshape(groups, heads // groups, *d.shape[1:]).sum(1) for d in (d_k, d_v))
-        return tuple(d.swapaxes(0, 1).astype(x.dtype) for d, x in ((d_q * scale, q), (d_k, k), (d_v, v)))
+    def some_rows(q_rows, k_rows, v_rows, out_rows, sum_rows, d_out_rows, d_sum_rows, *row_documents):
+        d_out = _heads_first(d_out_rows, heads)
+        delta = (_heads_first(out_rows, heads) * d_out).sum(-1) - d_sum_rows.reshape(-1, tokens)
+        d_q, d_k, d_v = _map(functools.partial(_backward_heads, block, row_documents), together * rows,
+                             _heads_first(q_rows, heads) * scale, _heads_first(k_rows, heads),
+                             _heads_first(v_rows, heads), sum_rows.reshape(-1, tokens), delta, d_out)
+        d_k, d_v = (d.reshape(rows * groups, -1, *d.shape[1:]).sum(1) for d in (d_k, d_v))
+        return tuple(_heads_last(d, rows).astype(x.dtype) for d, x in ((d_q * scale, q), (d_k, k), (d_v, v)))
 
-    inputs = (q, k, v, documents, out, logsumexp, d_out, d_logsumexp)
-    return (*jax.lax.map(row, inputs), (None, None, None))
+    return (*_map(some_rows, rows, q, k, v, out, logsumexp, *cotangents, *documents), (None, None))
 
 
 _attend.defvjp(_forward, _backward)
@@ -149,25 +143,27 @@ def _join(x, side, fill=0.0):
     return x.reshape(x.shape[0], -1, *x.shape[3 if side is None else 4:])
 
 
-def _mask(width, later, earlier, documents, keys_first):
-    """Bool [1, n or 1, width, width] of the pairs of a level that see each other, or None when all do."""
+def _mask(width, later, earlier, documents, keys_first, count):
+    """Bool [C or 1, n or 1, width, width] of the pairs of a level that see each other, or None when all do."""
     keep = None
     if later is None:
-        keep = (jnp.arange(width)[:, None] >= jnp.arange(width))[None, None]
+        order = jnp.arange(width)
+        keep = (order[:, None] <= order if keys_first else order[:, None] >= order)[None, None]
     q_documents, k_documents = documents
     if k_documents is not None:
-        keys = _cut(k_documents[None], width, earlier)[:, :, None]
-        same = (_cut(q_documents[None], width, later)[..., None] == keys) & (keys >= 0)
+        queries, keys = _cut(q_documents, width, later), _cut(k_documents, width, earlier)
+        first, second = (keys, queries) if keys_first else (queries, keys)
+        same = jnp.repeat(first[..., :, None] == second[..., None, :], count // len(queries), axis=0)
         keep = same if keep is None else keep & same
-    return keep.swapaxes(2, 3) if keep is not None and keys_first else keep
+    return keep
 
 
-def _forward_heads(q, k, v, *, block, documents):
-    """q (scaled), k, v [C, T, K] -> out [C, T, K], log-sum-exp [C, T]."""
+def _forward_heads(block, documents, q, k, v):
+    """q (scaled), k, v [C, T, K], documents [rows, T] -> out [C, T, K], log-sum-exp [C, T]."""
     parts = []
     for width, later, earlier in _levels(q.shape[1], block):
         scores = _dot(_cut(q, width, later), _cut(k, width, earlier), 1, 1)
-        if (mask := _mask(width, later, earlier, documents, keys_first=False)) is not None:
+        if (mask := _mask(width, later, earlier, documents, keys_first=False, count=q.shape[0])) is not None:
             scores = jnp.where(mask, scores, EMPTY)
         # Clamped to EMPTY / 2, so that exp gives 0 (not 1) in a row whose every score is EMPTY.
         top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1)), EMPTY / 2)
@@ -182,14 +178,14 @@ def _forward_heads(q, k, v, *, block, documents):
     return out / total[..., None], top + jnp.log(total)
 
 
-def _backward_heads(q, k, v, logsumexp, delta, d_out, *, block, documents):
+def _backward_heads(block, documents, q, k, v, logsumexp, delta, d_out):
     """Gradients of q (scaled), k and v, each [C, T, K]. Scores are [keys, queries], see above."""
     d_q = d_k = d_v = 0
     for width, later, earlier in _levels(q.shape[1], block):
         queries, sums, part_delta, d_part = (_cut(x, width, later) for x in (q, logsumexp, delta, d_out))
         keys, values = _cut(k, width, earlier), _cut(v, width, earlier)
         scores = _dot(keys, queries, 1, 1) - sums[..., None, :]
-        if (mask := _mask(width, later, earlier, documents, keys_first=True)) is not None:
+        if (mask := _mask(width, later, earlier, documents, keys_first=True, count=q.shape[0])) is not None:
             scores = jnp.where(mask, scores, EMPTY)
         weights = jnp.exp(scores)
         d_scores = weights * (_dot(values, d_part, 1, 1) - part_delta[..., None, :])
