@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm kernels`."""
     parser.add_argument("what", metavar="matrix|schedule",
                         help="matrix: does each kernel compile; schedule: its cycles on one target")
-    parser.add_argument("ops", nargs="*", metavar="OP", help="operations (matrix: all when none is named)")
+    parser.add_argument("ops", nargs="*", metavar="OP",
+                        help="operations, or single rows of the matrix by their name (matrix: all when none is named)")
     parser.add_argument("--target", action="append", metavar="NAME", help="v4, v5e, v5p, v6e or 7x; may be repeated "
                         "(matrix: all when none is named; schedule: v5e)")
     parser.add_argument("--direction", choices=("forward", "backward"), help="only this one")

@@ -11,7 +11,7 @@ from typing import Any
 from launch.kernels import cells as cell_files
 from launch.kernels import process, table
 from launch.kernels.cells import Cell
-from pallas_kernels.aot.case import Case, cases, operations
+from pallas_kernels.aot.case import Case, cases, operations, selected
 from pallas_kernels.aot.sources import source_hash
 from pallas_kernels.aot.targets import TARGETS, find_target
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--check compares with the record and --write replaces it: give one of them")
     if not 0 <= args.sample <= 1:
         raise ValueError(f"--sample is a share from 0 to 1; got {args.sample}")
-    known = [case for op in args.ops or operations() for case in cases(op)]
+    known = selected(args.ops)
     targets = [find_target(name).name for name in args.target or TARGETS]
     wanted = cell_files.plan(known, targets, args.direction)
     python = process.python_with_libtpu(args.python)

@@ -10,7 +10,7 @@ from typing import Any
 from launch.kernels import process
 from launch.kernels.cells import Cell, plan
 from pallas_kernels.aot.bound import bound, traffic_cycles
-from pallas_kernels.aot.case import Case, Work, cases, operations
+from pallas_kernels.aot.case import Case, Work, operations, selected
 from pallas_kernels.aot.schedule import Schedule, read_schedules
 from pallas_kernels.aot.targets import TARGETS, Target, find_target
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         if not target.topology:
             raise ValueError(f"schedules are read from libtpu and {target.name} is no TPU; "
                              f"TPUs: {', '.join(t.name for t in TARGETS.values() if t.topology)}")
-    known = [case for op in args.ops for case in cases(op)]
+    known = selected(args.ops)
     python = process.python_with_libtpu(args.python)
     compiler = process.compiler_version(python)
     out, failed = [], False
@@ -60,12 +60,13 @@ def summary(case: Case, direction: str, target: Target, result: Mapping[str, Any
 
     The estimate is the larger of the kernels' cycles and of the time that the bytes take that the program says it
     accesses; a backward's program that calls the forward kernel has the forward's bytes as well, which are taken off.
+    Where a device has two cores, the schedule is that of one, with its half of the grid.
     """
     out: dict[str, Any] = dict(elements=case.elements, cycles=sum(s.cycles for s in schedules),
                                complete=all(s.complete for s in schedules),
                                spills=sum(body.spills for s in schedules for body in s.bodies),
                                kernels=[_plain(s) for s in schedules])
-    out["cycles_per_1024"] = out["cycles"] / target.cores / (case.elements / 1024)
+    out["cycles_per_1024"] = out["cycles"] / (case.elements / 1024)
     work = case.work[direction]
     extra = 0
     if direction == "backward" and any(call.startswith(case.expected_calls("forward")) for call in result["calls"]):
@@ -74,9 +75,9 @@ def summary(case: Case, direction: str, target: Target, result: Mapping[str, Any
     if target.clock_known:
         least = bound(work, target, schedules[0].slots)
         traffic = traffic_cycles(result["bytes"] - extra, target)
-        estimate = max(out["cycles"] / target.cores, traffic)
+        estimate = max(out["cycles"], traffic)
         out |= dict(bound=least._asdict(), traffic_cycles=traffic, estimate_cycles=estimate,
-                    ratio=estimate / least.cycles, compute_to_bytes=out["cycles"] / target.cores / least.parts["bytes"])
+                    ratio=estimate / least.cycles, compute_to_bytes=out["cycles"] / least.parts["bytes"])
     return out
 
 

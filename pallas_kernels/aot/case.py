@@ -1,7 +1,7 @@
 """What an operation tells the proof commands: what to compile, and what it has to cost at least.
 
 To add an operation to `lm kernels matrix` and `lm kernels schedule`, put one file into its folder,
-`pallas_kernels/<operation>/full_size.py`, with `CASES`, a tuple of `Case`; nothing else has to be told.
+`pallas_kernels/<operation>/full_size.py`, with `CASES`, a tuple of `Case`, and run `lm kernels matrix --write`.
 `pallas_kernels/linear_scan/full_size.py` is one to copy. A case has the sizes of a 1.5B model (`BATCH`, `TIME` and
 `WIDTH` below, unless they mean nothing to it) and an entry of `work` for each direction, "forward" and "backward":
 
@@ -15,7 +15,7 @@ direction must hold them: by default `<op>_forward`, and for the backward `<op>_
 import difflib
 import importlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +83,15 @@ def cases(operation: str | None = None) -> list[Case]:
         raise ValueError(f"no kernel operation {operation!r}{hint}; operations: {', '.join(known)}")
     names = known if operation is None else [operation]
     return [case for name in names for case in importlib.import_module(f"pallas_kernels.{name}.full_size").CASES]
+
+
+def selected(names: Iterable[str]) -> list[Case]:
+    """Cases of the named operations; a name may be that of a single case. All of them where none is named.
+
+    Raises ValueError for an unknown name.
+    """
+    out = [case for name in names for case in (cases(name) if name in operations() else [find_case(name)])]
+    return out or cases()
 
 
 def find_case(name: str) -> Case:

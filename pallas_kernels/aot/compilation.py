@@ -8,7 +8,6 @@ no TPU, and, before jax is imported, the environment that `launch.kernels.proces
 
 import json
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -49,12 +48,10 @@ def function_of(case: Case, direction: str, kernel: str):
 def compile_cell(case: Case, direction: str, target: Target, kernel: str) -> dict[str, Any]:
     """Status "ok" with the facts of the compiled program, or "no kernel" with the reason; compilers raise theirs."""
     function, arguments = function_of(case, direction, kernel)
-    start = time.perf_counter()
     compiled = compile_for_tpu(target.topology, function, *arguments)
     calls = kernels_in(compiled)
     facts = dict(status="ok", calls=calls, temporaries=compiled.memory_analysis().temp_size_in_bytes,
-                 bytes=int(compiled.cost_analysis().get("bytes accessed", 0)),
-                 seconds=round(time.perf_counter() - start, 1))
+                 bytes=int(compiled.cost_analysis().get("bytes accessed", 0)))
     missing = [name for name in case.expected_calls(direction) if not any(call.startswith(name) for call in calls)]
     if missing:
         facts.update(status="no kernel", reason=f"the program does not call {', '.join(missing)}; it calls "

@@ -1,0 +1,66 @@
+"""The recorded matrix is of these operations, its page is made from it, and real compilers still agree with it."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+
+from launch import cli
+from launch.kernels import cells, table
+from pallas_kernels.aot.case import cases
+from pallas_kernels.aot.targets import TARGETS
+
+
+def test_the_record_has_a_result_for_every_cell():
+    record = cells.read()
+    first = next(iter(record.values()))
+    missing = {cell.key for cell in cells.plan(cases(), TARGETS)} - set(first)
+    assert not missing, f"run `lm kernels matrix --write` with libtpu; not recorded: {sorted(missing)}"
+
+
+def test_nothing_is_refused_where_it_must_not_be():
+    first = next(iter(cells.read().values()))
+    bad = {key: result["reason"] for key, result in first.items()
+           if key.split("/")[-1] in ("v5e", "v5p", "v6e") and result["status"] != "ok"}
+    assert not bad
+
+
+def test_the_table_of_the_page_is_that_of_the_record():
+    page = table.PAGE.read_text()
+    shown = page.split(table.BEGIN)[1].split(table.END)[0].strip()
+    assert shown == table.markdown(cells.read(), cases()), "run `lm kernels matrix --write`"
+
+
+@pytest.fixture(scope="session")
+def python_with_libtpu() -> str:
+    """This interpreter if libtpu is installed in it, else the one that LOOMLM_TEST_LIBTPU_PYTHON names."""
+    if importlib.util.find_spec("libtpu"):
+        return sys.executable
+    other = os.environ.get("LOOMLM_TEST_LIBTPU_PYTHON")
+    if not other:
+        pytest.skip("needs libtpu: pip install 'jax[tpu]', or set LOOMLM_TEST_LIBTPU_PYTHON to a python that has it")
+    return other
+
+
+def test_a_sample_of_the_matrix_still_compiles(python_with_libtpu, capsys):
+    code = cli.main(["kernels", "matrix", "--check", "--sample", "0.02", "--seconds", "15", "--python",
+                     python_with_libtpu])
+    said = capsys.readouterr()
+    assert code == 0, said.out + said.err
+
+
+@pytest.mark.slow
+def test_the_whole_matrix_still_compiles(python_with_libtpu, capsys):
+    code = cli.main(["kernels", "matrix", "--check", "--sample", "1", "--python", python_with_libtpu])
+    said = capsys.readouterr()
+    assert code == 0, said.out + said.err
+
+
+def test_a_schedule_is_read_from_a_real_compiler(python_with_libtpu, capsys):
+    """linear_scan's forward: 8 x 4 x 4 steps of the grid, 32 trips inside, and no spills on v5e."""
+    assert cli.main(["kernels", "schedule", "linear_scan float32", "--direction", "forward",
+                     "--python", python_with_libtpu]) == 0
+    said = capsys.readouterr().out
+    assert "linear_scan_forward: " in said and " 32      4096 " in said and ", 0 spills" in said
+    assert "bound 739,171 cycles by bytes" in said
