@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.peer_experts import peer_experts
 from pallas_kernels.product_key_topk import product_key_topk
+from pallas_kernels.wkv4 import wkv4
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
 
@@ -147,6 +148,25 @@ def gelu_experts_oracle(x, ids, gates, table):
     return y
 
 
+def wkv4_inputs(rng: np.random.Generator, batch: int, time: int, width: int) -> dict:
+    state = np.stack([rng.normal(size=(batch, width)), rng.normal(size=(batch, width))], axis=1)
+    return dict(w=np.exp(rng.normal(size=width)), u=rng.normal(size=width), k=2 * rng.normal(size=(batch, time, width)),
+                v=rng.normal(size=(batch, time, width)), state=state, reset=rng.random((batch, time)) < 0.1)
+
+
+def wkv4_oracle(w, u, k, v, state, reset):
+    """The sums as they stand, with no running maximum."""
+    total, weighted = np.exp(state[:, 1]), np.exp(state[:, 1]) * state[:, 0]
+    out = np.zeros(v.shape)
+    for t in range(k.shape[1]):
+        for row in np.flatnonzero(reset[:, t]):
+            total[row] = weighted[row] = 0
+        now, newest = np.exp(k[:, t]), np.exp(u + k[:, t])
+        out[:, t] = (weighted + newest * v[:, t]) / (total + newest)
+        total, weighted = np.exp(-w) * total + now, np.exp(-w) * weighted + now * v[:, t]
+    return out, np.stack([weighted / total, np.log(total)], axis=1)
+
+
 ROWS = [
     Row("linear_scan", linear_scan, linear_scan_oracle, linear_scan_inputs,
         sizes=((2, 13, 5), (3, 1, 4), (1, 8, 3), (2, 64, 1)),
@@ -171,4 +191,7 @@ ROWS = [
     Row("peer_experts", gelu_experts, gelu_experts_oracle, peer_inputs,
         sizes=((1, 5, 6, 4, 49, 2, 7), (2, 1, 1, 3, 5, 3, 8), (3, 4, 2, 1, 1, 2, 1)), kernels=(), kernel_cases=(),
         slow_kernel_sizes=(), full_size=(8, 2048, 8, 16, 2 ** 20, 2, 1024), narrow=("x", "table")),
+    Row("wkv4", wkv4, wkv4_oracle, wkv4_inputs,
+        sizes=((3, 13, 5), (4, 1, 3), (1, 70, 3)), kernels=(), kernel_cases=(), slow_kernel_sizes=(),
+        full_size=(8, 1024, 2048), scan=Scan(time=("k", "v", "reset"), state="state"), narrow=("k", "v")),
 ]
