@@ -143,4 +143,4 @@ _experts_with_sink.defvjp(_with_sink_forward, _with_sink_backward)
 def _of_tokens(factors: Array, x: Array, dy: Array) -> tuple[Array, Array, Array]:
     """[M, P, R], [M, D], [M, D]."""
     width = x.shape[-1]
-    return factors.reshape(-1, *factors.shape[2:]), x.reshape(-1, width), dy.reshape(-1, width)
+    return factors.reshape(-1, *factors.shape[2:]), x.reshape(-1, width), jnp.asarray(dy).reshape(-1, width)

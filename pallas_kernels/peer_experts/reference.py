@@ -14,7 +14,7 @@ Array = jax.Array
 def forward(activation: Callable, x: Array, ids: Array, gates: Array, table: Array) -> Array:
     """y [B, T, D] in x's dtype. ids [B, T, P] outside of the table have gates of 0."""
     wide = wide_dtype(x, gates, table)
-    x_wide, rows = x.astype(wide), table.at[ids].get(mode="clip").astype(wide)
+    x_wide, rows = x.astype(wide), table.astype(wide).at[ids].get(mode="clip")
     inner = lambda r: jnp.einsum("btd,btpd->btp", x_wide, rows[..., r, :], precision=jax.lax.Precision.HIGHEST)
     hidden = activation(inner(0))
     if table.shape[1] == 3:
