@@ -23,6 +23,13 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 
 
+def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
+    """<workdir>/checkpoints, absolute: orbax refuses to write below a relative path, and only when it saves."""
+    folder = epath.Path(workdir) / FOLDER
+    # `absolute()` would make a local path of gs://, which is absolute already.
+    return folder if folder.is_absolute() else folder.absolute()
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Saving is asynchronous; `close` waits for it."""
 
@@ -32,7 +39,7 @@ class Checkpoints:
             keep.append(policies.BestN(get_metric_fn=lambda m: m[options.best_metric], reverse=True,
                                        n=options.keep_best, keep_checkpoints_without_metrics=False))
         self._options = options
-        self._folder = epath.Path(workdir) / FOLDER
+        self._folder = checkpoint_folder(workdir)
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
@@ -107,7 +114,7 @@ def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = No
     everything as it was saved, as numpy arrays on the host.
     ema: the averaged parameters instead, where the run kept them.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = checkpoint_folder(workdir)
     if not folder.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}; train there first, or check the path")
     steps = ocp.utils.checkpoint_steps(folder)

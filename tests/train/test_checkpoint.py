@@ -9,7 +9,7 @@ from runs import ADAMW, MODEL, VOCAB, make_recipe
 from lm.core.sharding import make_mesh
 from lm.core.tree import named_leaves
 from lm.models.build import build_model
-from lm.train.checkpoint import open_checkpoints, restore_params
+from lm.train.checkpoint import checkpoint_folder, open_checkpoints, restore_params
 from lm.train.options import CheckpointOptions
 
 METRIC = "eval/validation/loss"
@@ -82,6 +82,14 @@ def test_parameters_alone(recipe, mesh, tmp_path):
     found, _ = restore_params(tmp_path, recipe.abstract(mesh).params)
     for name, leaf in named_leaves(found).items():
         assert leaf.sharding == named_leaves(recipe.shardings(mesh).params)[name]
+
+
+def test_a_workdir_may_be_relative(recipe, mesh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert save_all("runs/a", recipe, mesh, CheckpointOptions(), [None]) == [1]
+    assert (tmp_path / "runs/a/checkpoints/1").is_dir()
+    assert restore_params("runs/a", None)[1] == 1
+    assert str(checkpoint_folder("gs://bucket/a")) == "gs://bucket/a/checkpoints"
 
 
 def test_what_is_not_there_is_named(recipe, mesh, tmp_path):
