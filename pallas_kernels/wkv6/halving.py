@@ -50,10 +50,14 @@ def swap_blocks(x: Array, size: int) -> Array:
     return jnp.flip(x.reshape(*batch, length // (2 * size), 2, size, width), -3).reshape(x.shape)
 
 
-def pairs(size: int, length: int, repeats: int = 1) -> Array:
-    """[c, c] bool, c = length: the pairs row i, column j < i of level `size`; tiled `repeats` times along both axes."""
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (repeats * length,) * 2, axis) for axis in (0, 1))
+def pairs(size: int, length: int, row: Array, column: Array) -> Array:
+    """Where row i and column j < i, counted modulo the chunk's length, are a pair that level `size` serves."""
     return ((row & size) != 0) & (((row ^ column) & (length - 1)) // size == 1)
+
+
+def places(*shape: int) -> tuple[Array, Array]:
+    """Row and column of every place of a matrix."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -69,9 +73,10 @@ def scores(rows: list[Array], columns: list[Array], products: list[Level]) -> Ar
     n rows and n columns, all [..., c, K]; returns [..., n c, n c] in blocks of c by c.
     """
     length, repeats = rows[0].shape[-2], len(rows)
+    place = places(repeats * length, repeats * length)
     out = jnp.zeros((*rows[0].shape[:-2], repeats * length, repeats * length), rows[0].dtype)
     for level in products[:-1]:
         here = product(jnp.concatenate([x * level.before for x in rows], axis=-2),
                        transposed(jnp.concatenate([x * level.after for x in columns], axis=-2)))
-        out = jnp.where(pairs(level.size, length, repeats), here, out)
+        out = jnp.where(pairs(level.size, length, *place), here, out)
     return out

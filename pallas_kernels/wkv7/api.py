@@ -1,15 +1,17 @@
 """The recurrence of RWKV-7. B batch, T time, H heads, K key size, V value size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
 from pallas_kernels.wkv6.api import check_floats
-from pallas_kernels.wkv7 import chunked, reference
+from pallas_kernels.wkv7 import chunked, pallas_tpu, reference
 
 Array = jax.Array
-_MODULES = {"chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 
@@ -31,8 +33,8 @@ def wkv7(r: Array, w: Array, k: Array, v: Array, a: Array, b: Array, state: Arra
     Returns y [B, T, H, V] in r's dtype and S_T [B, H, K, V]. There is no scale 1 / sqrt(K). The recurrence and S_T are
     float32, or float64 when r is. Give S_T as the next call's state to continue the rows; T = 1 is decoding.
 
-    implementation: "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that
-    serves.
+    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
+    order that serves. "pallas_tpu" has first derivatives; the others have all, and forward mode.
 
     Raises ValueError for shapes and dtypes that do not fit, T = 0, an unknown implementation and one that cannot serve.
     """
@@ -49,6 +51,7 @@ def wkv7(r: Array, w: Array, k: Array, v: Array, a: Array, b: Array, state: Arra
         check_shapes("wkv7", r=(r, "B T H K"), reset=(reset, "B T"))
         check_dtypes("wkv7", ("bool",), reset=reset)
     name = dispatch.choose("wkv7", implementation, {
+        "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })

@@ -9,7 +9,7 @@ float32 their differences are noise.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.wkv6.halving import pairs, product, transposed
+from pallas_kernels.wkv6.halving import pairs, places, product, transposed
 
 Array = jax.Array
 
@@ -20,21 +20,22 @@ def solve(a: Array, y: Array) -> Array:
 
     c must be a power of two.
     """
-    return product(inverse(a), y)
+    return product(inverse(a, a.shape[-1]), y)
 
 
-def inverse(a: Array, product=product) -> Array:
-    """(I - a)^-1."""
-    length = a.shape[-1]
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-    out, size = jnp.where(pairs(1, length), a, 0) + (row == column).astype(a.dtype), 2
+def inverse(a: Array, length: int, product=product) -> Array:
+    """(I - a)^-1 of each block of `length`, a power of two, along the diagonal of a; places outside of them are 0."""
+    row, column = place = places(*a.shape[-2:])
+    same = row // length == column // length
+    out, size = jnp.where(pairs(1, length, *place) & same, a, 0) + (row == column).astype(a.dtype), 2
     while size < length:
-        out, size = out + product(out, product(jnp.where(pairs(size, length), a, 0), out)), 2 * size
+        below = jnp.where(pairs(size, length, *place) & same, a, 0)
+        out, size = out + product(out, product(below, out)), 2 * size
     return out
 
 
 def _solve_forward(a, y):
-    inverted = inverse(a)
+    inverted = inverse(a, a.shape[-1])
     x = product(inverted, y)
     return x, (inverted, x)
 
@@ -42,7 +43,7 @@ def _solve_forward(a, y):
 def _solve_backward(saved, dx):
     inverted, x = saved
     dy = product(transposed(inverted), dx)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, inverted.shape[-2:], axis) for axis in (0, 1))
+    row, column = places(*inverted.shape[-2:])
     return jnp.where(row > column, product(dy, transposed(x)), 0), dy
 
 
