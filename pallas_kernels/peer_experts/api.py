@@ -12,10 +12,10 @@ from jax.experimental import checkify
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.peer_experts import chunked, reference, rows
+from pallas_kernels.peer_experts import chunked, pallas_tpu, reference, rows
 
 Array = jax.Array
-_MODULES = {"chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -35,8 +35,8 @@ def peer_experts(x: Array, ids: Array, gates: Array, table: Array, *, activation
 
     Gradients: x, gates, table (dense, [N, R, D]; `peer_experts_with_sink` gives the touched rows alone).
 
-    implementation: "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that
-    serves.
+    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
+    order that serves. "pallas_tpu" has first derivatives and no GLU; the others have all.
 
     Raises ValueError for shapes and dtypes that do not fit, sizes of 0, and an implementation that is unknown or cannot
     serve.
@@ -83,8 +83,13 @@ def _prepare(op: str, x, ids, gates, table, implementation):
     if table.shape[1] not in (2, 3):
         raise ValueError(f"{op}: table has shape {table.shape}; it must be [N, 2, D], down and up, or [N, 3, D], down, "
                          "up and gate")
-    name = dispatch.choose(op, implementation, {"chunked": lambda platform: None, "reference": lambda platform: None})
-    num_experts = table.shape[0]
+    num_experts, kinds, width = table.shape
+    name = dispatch.choose(op, implementation, {
+        "pallas_tpu": functools.partial(pallas_tpu.unsupported, {"x": x.dtype.name, "table": table.dtype.name}, kinds,
+                                        width),
+        "chunked": lambda platform: None,
+        "reference": lambda platform: None,
+    })
     checkify.debug_check(jnp.all((ids >= -1) & (ids < num_experts)),
                          op + ": ids from {low} to {high}; table has rows 0 to {last}, and -1 chooses none",
                          low=ids.min(), high=ids.max(), last=jnp.int32(num_experts - 1))

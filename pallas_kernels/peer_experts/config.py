@@ -16,3 +16,12 @@ def chunk_bytes() -> int:
 def chunk_tokens(token_bytes: int) -> int:
     """Tokens of a chunk, at least one."""
     return max(1, chunk_bytes() // token_bytes)
+
+
+# TPU kernels. Rows of SLOTS tokens are in VMEM: one being computed, one on its way, one being asked for.
+SLOTS = 3
+
+
+def block_tokens(tokens: int, width: int) -> int:
+    """Tokens of a block, a multiple of 16: 256 KiB of float32 for each array of them that VMEM holds."""
+    return max(16, min(2 ** 16 // width, -(-tokens // 16) * 16) // 16 * 16)
