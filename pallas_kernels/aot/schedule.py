@@ -105,26 +105,48 @@ def parse_utilization(text: str) -> tuple[dict[str, int], list[list[int]]]:
 
 
 def _bodies(text: str) -> list[dict]:
-    """Loop bodies in order of their first bundle: rows, text, the loops around with itself, and pipeline stages."""
-    out = [dict(at="0x0", depth=0, rows=[], text="", chain=[0])]
-    current, row = 0, 0
+    """Loop bodies in order of their first bundle: rows, text, the loops around with itself, and pipeline stages.
+
+    A bundle's arrows are its depth, but code from after a loop may stand, under a condition, in bundles of the loop and
+    shows the lesser depth, and empty bundles show none. So a body goes on to the last bundle of its depth.
+    """
+    bundles = []                      # (address, depth or None, whether a loop begins, text)
     for line in text.splitlines():
         match = _BUNDLE.match(line)
         if match:
             address, tag, arrows = match.groups()
-            depth = arrows.count(">")
-            if tag == "LB":
-                around = [i for i in out[current]["chain"] if out[i]["depth"] < depth]
-                out.append(dict(at=address, depth=depth, rows=[], text="", chain=[*around, len(out)]))
-                current = len(out) - 1
-            elif line[match.end():].lstrip()[:1] != "}":     # an empty bundle is printed without its depth
-                current = max(i for i in out[current]["chain"] if out[i]["depth"] <= depth)
-            out[current]["rows"].append(row)
-            row += 1
-        out[current]["text"] += line + "\n"             # lines that are no bundle go on with the comment of the last
-    for group in out:
-        group["stages"] = max(map(int, _STAGE.findall(group["text"])), default=0)
+            empty = line[match.end():].lstrip()[:1] == "}"
+            bundles.append([address, None if empty else arrows.count(">"), tag == "LB", line])
+        elif bundles:                 # the rest of a long comment
+            bundles[-1][3] += "\n" + line
+    out = [dict(at="0x0", depth=0, end=len(bundles), rows=[], text="", chain=[0])]
+    open_bodies = [0]
+    for row, (address, depth, begins, line) in enumerate(bundles):
+        while out[open_bodies[-1]]["end"] <= row:
+            open_bodies.pop()
+        if begins:
+            open_bodies.append(len(out))
+            out.append(dict(at=address, depth=depth, end=_end(bundles, row), rows=[], text="", chain=[*open_bodies]))
+        body = out[open_bodies[-1]]
+        body["rows"].append(row)
+        body["text"] += line + "\n"
+    for body in out:
+        body["stages"] = max(map(int, _STAGE.findall(body["text"])), default=0)
     return out
+
+
+def _end(bundles: list, first: int) -> int:
+    """The row after the last one of the loop that begins at `first`."""
+    depth, end = bundles[first][1], first + 1
+    for row in range(first + 1, len(bundles)):
+        _, other, begins, _ = bundles[row]
+        if other is None:
+            continue
+        if begins and other <= depth:
+            break
+        if other >= depth:
+            end = row + 1
+    return end
 
 
 def _trips(own: str, everything: str) -> int | None:
@@ -133,11 +155,9 @@ def _trips(own: str, everything: str) -> int | None:
     if not test:
         return None
     compare, counter, bound = test.groups()
-    step = re.search(rf"{re.escape(counter)} = sadd\.s32 (\d+), (%\w+)", own)
-    if not step:
-        return None
-    begin = re.search(rf"{re.escape(step[2])} = sphi (%\w+), {re.escape(counter)}\b", own)
+    step = re.search(rf"{re.escape(counter)} = sadd\.s32 (\d+), %\w+", own)
+    begin = re.search(rf"= sphi (%\w+), {re.escape(counter)}\b", own)
     start = begin and re.search(rf"{re.escape(begin[1])} = smov (\d+)\b", everything)
-    if not start:
+    if not step or not start:
         return None
     return -(-(int(bound) + (compare == "gt") - int(start[1])) // int(step[1]))

@@ -9,15 +9,43 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_scan.gates import Gates
+
 Array = jax.Array
 BLOCK = 8
 
 
 def forward(a: Array, b: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
     """h [B, T, C] in b's dtype and the final state [B, C] in h0's dtype, which is the dtype of the recurrence."""
+    return _scan(lambda a, b: (a, b), (a, b), h0, reset)
+
+
+def gated_forward(gates: Gates, inputs: tuple[Array, ...], h0: Array, reset: Array | None) -> tuple[Array, Array]:
+    """The same with (a, b) = gates(*inputs), computed block by block."""
+    return _scan(gates, inputs, h0, reset)
+
+
+def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
+             dh_last: Array) -> tuple[Array, Array, Array]:
+    """(da, db, dh0) from the saved h and the cotangents of h and of the final state: README.md derives it."""
+    # b's gradient keeps mu's width here: a's is the product of it with the states before, in one pass afterwards.
+    db, dh0 = _reversed_scan(lambda a: a, (a,), reset, dh, dh_last)
+    return (db * _states_before(h, h0, reset)).astype(a.dtype), db.astype(dh.dtype), dh0
+
+
+def gated_backward(gates: Gates, inputs: tuple[Array, ...], h: Array, h0: Array, reset: Array | None, dh: Array,
+                   dh_last: Array) -> tuple[tuple[Array, ...], Array]:
+    """(gradients of the inputs, dh0): a in the loop, and what follows from a's and b's gradients in one pass after."""
+    db, dh0 = _reversed_scan(gates.decay, inputs, reset, dh, dh_last)
+    wide = tuple(x.astype(h0.dtype) for x in inputs)
+    gradients = gates.pull(wide, db * _states_before(h, h0, reset), db)
+    return tuple(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)), dh0
+
+
+def _scan(gates: Callable, inputs: tuple[Array, ...], h0: Array, reset: Array | None) -> tuple[Array, Array]:
     def block(start, length, carry):
         h, out = carry
-        a_block, b_block = _part(a, start, length).astype(h.dtype), _part(b, start, length).astype(h.dtype)
+        a_block, b_block = gates(*(_part(x, start, length).astype(h.dtype) for x in inputs))
         keep = _keep(reset, start, length)
         steps = []
         for j in range(length):
@@ -25,18 +53,19 @@ def forward(a: Array, b: Array, h0: Array, reset: Array | None) -> tuple[Array, 
             steps.append(h)
         return h, _write(out, steps, start)
 
-    size, whole, tail = _blocks(a.shape[1])
-    carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i * size, size, carry), (h0, jnp.zeros_like(b)))
+    size, whole, tail = _blocks(inputs[0].shape[1])
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i * size, size, carry), (h0, jnp.zeros_like(inputs[-1])))
     h_last, h = block(whole * size, tail, carry)
     return h, h_last
 
 
-def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
-             dh_last: Array) -> tuple[Array, Array, Array]:
-    """(da, db, dh0) from the saved h and the cotangents of h and of the final state: README.md derives it."""
+def _reversed_scan(decay: Callable, inputs: tuple[Array, ...], reset: Array | None, dh: Array,
+                   dh_last: Array) -> tuple[Array, Array]:
+    """(gradient of b in dh_last's dtype, of h0) with a = decay(*inputs)."""
     def block(start, length, carry):
         mu, db = carry
-        a_block, dh_block = _part(a, start, length).astype(mu.dtype), _part(dh, start, length).astype(mu.dtype)
+        a_block = decay(*(_part(x, start, length).astype(mu.dtype) for x in inputs))
+        dh_block = _part(dh, start, length).astype(mu.dtype)
         keep = _keep(reset, start, length)
         steps = []
         for j in reversed(range(length)):
@@ -44,14 +73,16 @@ def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
             mu = keep(j, a_block[:, j] * steps[-1])
         return mu, _write(db, steps[::-1], start)
 
-    size, whole, tail = _blocks(a.shape[1])
-    # b's gradient keeps mu's width here: a's is the product of it with the states before, in one pass afterwards.
+    size, whole, tail = _blocks(dh.shape[1])
     carry = block(whole * size, tail, (dh_last, jnp.zeros_like(dh, dh_last.dtype)))
     dh0, db = jax.lax.fori_loop(0, whole, lambda i, carry: block((whole - 1 - i) * size, size, carry), carry)
+    return db, dh0
+
+
+def _states_before(h: Array, h0: Array, reset: Array | None) -> Array:
+    """h_{t-1} for every t, 0 where a document starts."""
     before = jnp.concatenate([h0[:, None], h[:, :-1].astype(h0.dtype)], axis=1)
-    if reset is not None:
-        before = jnp.where(reset[..., None], 0, before)
-    return (db * before).astype(a.dtype), db.astype(dh.dtype), dh0
+    return before if reset is None else jnp.where(reset[..., None], 0, before)
 
 
 def _blocks(length: int) -> tuple[int, int, int]:

@@ -16,3 +16,5 @@ class Tiles(NamedTuple):
 # 512 x 512: the backward's five float32 arrays, double-buffered, take 10 of the 16 MiB that a kernel gets by default on
 # the smallest TPU, and 256 groups of 8 x 128 a block hide the ~100 cycles that a block costs before its loop.
 TPU = Tiles(512, 512)
+# Gates in registers need many: with 512 channels they spill.
+TPU_GATED = Tiles(512, 256)

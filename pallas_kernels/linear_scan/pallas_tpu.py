@@ -7,6 +7,7 @@ moved are those of a, b and h alone. README.md has the derivation and the cycles
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.batching import merged_into_batch
-from pallas_kernels.linear_scan.config import TPU, Tiles
+from pallas_kernels.linear_scan import blocks
+from pallas_kernels.linear_scan.blocks import ROWS
+from pallas_kernels.linear_scan.config import TPU, TPU_GATED, Tiles
+from pallas_kernels.linear_scan.gates import Gates
 
 Array = jax.Array
-ROWS = 16      # steps a trip of the inner loop: one tile of bf16, two of float32
 GROUP = 8      # sublanes of a register
 
 
@@ -31,46 +34,78 @@ def unsupported(dtype: str, platform: str) -> str | None:
     return dispatch.automatic_axes()
 
 
-@merged_into_batch
 def forward(a: Array, b: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
     """h [B, T, C] in b's dtype and the final state [B, C] in float32."""
-    grid, specs = _blocks(a.shape, TPU, backwards=False)
-    resets, reset_specs, scratch = _resets(reset, specs)
-    h, h_last = pl.pallas_call(
-        functools.partial(_forward_kernel, a.shape[1], reset is not None),
-        grid=grid,
-        in_specs=[*reset_specs, specs["block"], specs["block"], specs["state"]],
-        out_specs=[specs["block"], specs["state"]],
-        out_shape=[_like(b), _like(h0[:, None])],
-        scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
-        compiler_params=_IN_ORDER, cost_estimate=_cost(a, arrays=3), name="linear_scan_forward",
-    )(*resets, a, b, h0[:, None])
-    return h, h_last[:, 0]
+    return _forward("linear_scan", lambda a, b: (a, b), (a, b), h0, reset)
 
 
-@merged_into_batch
 def backward(a: Array, h: Array, h0: Array, reset: Array | None, dh: Array,
              dh_last: Array) -> tuple[Array, Array, Array]:
     """(da, db, dh0) from the saved h and the cotangents of h and of the final state."""
-    grid, specs = _blocks(a.shape, TPU, backwards=True)
-    resets, reset_specs, scratch = _resets(reset, specs)
-    da, db, dh0 = pl.pallas_call(
-        functools.partial(_backward_kernel, a.shape[1], reset is not None),
-        grid=grid,
-        in_specs=[*reset_specs, specs["block"], specs["block"], specs["before"], specs["state"], specs["block"],
-                  specs["state"]],
-        out_specs=[specs["block"], specs["block"], specs["state"]],
-        out_shape=[_like(a), _like(dh), _like(h0[:, None])],
-        scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
-        compiler_params=_IN_ORDER, cost_estimate=_cost(a, arrays=5), name="linear_scan_backward",
-    )(*resets, a, h, h, h0[:, None], dh, dh_last[:, None])
-    return da, db, dh0[:, 0]
+    (da, db), dh0 = _backward("linear_scan", lambda a: a, lambda inputs, da, db: (da, db), (a,), 2, h, h0, reset, dh,
+                              dh_last)
+    return da, db, dh0
 
 
-def _forward_kernel(length: int, has_reset: bool, *refs):
+def gated_forward(gates: Gates, inputs: tuple[Array, ...], h0: Array, reset: Array | None) -> tuple[Array, Array]:
+    """The same with (a, b) = gates(*inputs), computed in registers."""
+    return _forward(gates.unit, gates, inputs, h0, reset)
+
+
+def gated_backward(gates: Gates, inputs: tuple[Array, ...], h: Array, h0: Array, reset: Array | None, dh: Array,
+                   dh_last: Array) -> tuple[tuple[Array, ...], Array]:
+    """(gradients of the inputs, dh0); a and b are computed again."""
+    return _backward(gates.unit, gates.decay, gates.pull, inputs, len(inputs), h, h0, reset, dh, dh_last)
+
+
+def _forward(name: str, gates: Callable, inputs: tuple[Array, ...], h0: Array, reset: Array | None):
+    @merged_into_batch
+    def run(h0, reset, *inputs):
+        grid, specs = blocks.grid_and_specs(inputs[0].shape, _tiles(name), backwards=False)
+        resets, reset_specs, scratch = blocks.reset_arguments(reset, specs)
+        h, h_last = pl.pallas_call(
+            functools.partial(_forward_kernel, gates, len(inputs), inputs[0].shape[1], reset is not None),
+            grid=grid,
+            in_specs=[*reset_specs, *[specs["block"]] * len(inputs), specs["state"]],
+            out_specs=[specs["block"], specs["state"]],
+            out_shape=[blocks.like(inputs[-1]), blocks.like(h0[:, None])],
+            scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
+            compiler_params=blocks.IN_ORDER, cost_estimate=blocks.cost(inputs[0], len(inputs) + 1),
+            name=f"{name}_forward",
+        )(*resets, *inputs, h0[:, None])
+        return h, h_last[:, 0]
+
+    return run(h0, reset, *inputs)
+
+
+def _backward(name: str, decay: Callable, pull: Callable, inputs: tuple[Array, ...], num_gradients: int, h: Array,
+              h0: Array, reset: Array | None, dh: Array, dh_last: Array):
+    """a = decay(*inputs); the gradients to write are pull(inputs, da, db)."""
+    @merged_into_batch
+    def run(h0, reset, h, dh, dh_last, *inputs):
+        arrays = len(inputs) + 2 + num_gradients
+        grid, specs = blocks.grid_and_specs(h.shape, _tiles(name), backwards=True)
+        resets, reset_specs, scratch = blocks.reset_arguments(reset, specs)
+        block = specs["block"]
+        *gradients, dh0 = pl.pallas_call(
+            functools.partial(_backward_kernel, decay, pull, len(inputs), h.shape[1], reset is not None),
+            grid=grid,
+            in_specs=[*reset_specs, *[block] * len(inputs), block, specs["before"], specs["state"], block,
+                      specs["state"]],
+            out_specs=[*[block] * num_gradients, specs["state"]],
+            out_shape=[*[blocks.like(dh)] * num_gradients, blocks.like(h0[:, None])],
+            scratch_shapes=[pltpu.VMEM((GROUP, specs["tiles"].width), jnp.float32), *scratch],
+            compiler_params=blocks.IN_ORDER, cost_estimate=blocks.cost(h, arrays), name=f"{name}_backward",
+        )(*resets, *inputs, h, h, h0[:, None], dh, dh_last[:, None])
+        return tuple(gradients), dh0[:, 0]
+
+    return run(h0, reset, h, dh, dh_last, *inputs)
+
+
+def _forward_kernel(gates: Callable, num_inputs: int, length: int, has_reset: bool, *refs):
     reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
-    a_ref, b_ref, h0_ref, h_ref, h_last_ref, state, *keep = refs
-    chunk, rows = pl.program_id(2), a_ref.shape[1]
+    input_refs, (h0_ref, h_ref, h_last_ref, state, *keep) = refs[:num_inputs], refs[num_inputs:]
+    chunk, rows = pl.program_id(2), h_ref.shape[1]
     _turn_resets(reset_ref, keep)
 
     @pl.when(chunk == 0)
@@ -79,7 +114,7 @@ def _forward_kernel(length: int, has_reset: bool, *refs):
 
     def trip(i, carry):
         start = pl.multiple_of(i * ROWS, ROWS)
-        a, b = _read(a_ref, start), _read(b_ref, start)
+        a, b = gates(*(_read(ref, start) for ref in input_refs))
         a, b = _within(length, rows, chunk, start, _forget(a, keep, start), b)
         out = []
         for group in range(0, ROWS, GROUP):
@@ -94,10 +129,12 @@ def _forward_kernel(length: int, has_reset: bool, *refs):
     h_last_ref[0] = state[:1]
 
 
-def _backward_kernel(length: int, has_reset: bool, *refs):
+def _backward_kernel(decay: Callable, pull: Callable, num_inputs: int, length: int, has_reset: bool, *refs):
     reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
-    a_ref, h_ref, before_ref, h0_ref, dh_ref, dh_last_ref, da_ref, db_ref, dh0_ref, state, *keep = refs
-    rows = a_ref.shape[1]
+    input_refs, (h_ref, before_ref, h0_ref, dh_ref, dh_last_ref, *refs) = refs[:num_inputs], refs[num_inputs:]
+    after = 2 if has_reset else 1
+    (*gradient_refs, dh0_ref), (state, *keep) = refs[:-after], refs[-after:]
+    rows = h_ref.shape[1]
     chunk = pl.num_programs(2) - 1 - pl.program_id(2)
     _turn_resets(reset_ref, keep)
 
@@ -109,22 +146,23 @@ def _backward_kernel(length: int, has_reset: bool, *refs):
 
     def trip(start, mu, h, h_before):
         """One trip; mu is a_t dh_t of the step after it, h_before the ROWS states before it."""
-        a, dh = _within(length, rows, chunk, start, _forget(_read(a_ref, start), keep, start), _read(dh_ref, start))
+        inputs = [_read(ref, start) for ref in input_refs]
+        a, dh = _within(length, rows, chunk, start, _forget(decay(*inputs), keep, start), _read(dh_ref, start))
         kept = _keep(keep, start, a.shape)
-        da, db = [], []
+        gradients = []
         for group in reversed(range(0, ROWS, GROUP)):
             here = slice(group, group + GROUP)
-            decay, local = _scan_register(a[here], a[here] * dh[here], reverse=True)
-            mus = local + decay * mu
+            map_to, local = _scan_register(a[here], a[here] * dh[here], reverse=True)
+            mus = local + map_to * mu
             grad = dh[here] + jnp.where(row == GROUP - 1, mu, pltpu.roll(mus, GROUP - 1, 0))
             last = h[group - 1:group] if group else h_before[ROWS - 1:]
             previous = jnp.where(row == 0, jnp.broadcast_to(last, grad.shape), pltpu.roll(h[here], 1, 0))
             slope = grad * previous
-            da.append(slope if kept is None else jnp.where(kept[here] > 0, slope, 0))
-            db.append(grad)
+            slope = slope if kept is None else jnp.where(kept[here] > 0, slope, 0)
+            gradients.append(pull([x[here] for x in inputs], slope, grad))
             mu = jnp.broadcast_to(mus[:1], mus.shape)
-        da_ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(da[::-1]).astype(da_ref.dtype)
-        db_ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(db[::-1]).astype(db_ref.dtype)
+        for ref, *groups in zip(gradient_refs, *reversed(gradients), strict=True):
+            ref[0, pl.ds(start, ROWS), :] = jnp.concatenate(groups).astype(ref.dtype)
         return mu, h_before
 
     trips = rows // ROWS
@@ -181,40 +219,5 @@ def _forget(a: Array, keep, start) -> Array:
     return a if kept is None else jnp.where(kept > 0, a, 0)
 
 
-# Batch rows and channels are independent; blocks of one row go in order of time, so that its state can stay in VMEM.
-_IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
-def _blocks(shape: tuple[int, int, int], tiles: Tiles, backwards: bool):
-    """The grid (batch, channels, time) and where each of its steps reads and writes."""
-    batch, length, width = shape
-    tiles = tiles.fitted(length, width)
-    grid = (batch, pl.cdiv(width, tiles.width), pl.cdiv(length, tiles.time))
-    chunk = (lambda t: grid[2] - 1 - t) if backwards else (lambda t: t)
-    per_block = tiles.time // ROWS
-    return grid, {
-        "tiles": tiles,
-        "block": pl.BlockSpec((1, tiles.time, tiles.width), lambda b, c, t: (b, chunk(t), c)),
-        "before": pl.BlockSpec((1, ROWS, tiles.width),
-                               lambda b, c, t: (b, jnp.maximum(chunk(t) * per_block - 1, 0), c)),
-        "state": pl.BlockSpec((1, 1, tiles.width), lambda b, c, t: (b, 0, c)),
-        "reset": pl.BlockSpec((1, 1, tiles.time), lambda b, c, t: (b, 0, chunk(t))),
-    }
-
-
-def _resets(reset: Array | None, specs) -> tuple[list, list, list]:
-    """(arguments, their specs, scratch): [B, 1, T], because [B, T, 1] would take 128 lanes a step in memory."""
-    if reset is None:
-        return [], [], []
-    return ([reset.astype(jnp.float32)[:, None]], [specs["reset"]],
-            [pltpu.VMEM((specs["tiles"].time, 128), jnp.float32)])
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-    """What x is; inside jax.shard_map that includes the mesh axes over which it varies."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
-def _cost(a: Array, arrays: int) -> pl.CostEstimate:
-    return pl.CostEstimate(flops=2 * a.size * (arrays - 2), bytes_accessed=arrays * a.size * a.dtype.itemsize,
-                           transcendentals=0)
+def _tiles(name: str) -> Tiles:
+    return TPU if name == "linear_scan" else TPU_GATED

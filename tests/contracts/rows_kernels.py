@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.linear_scan import linear_scan, min_gru, min_lstm
 from pallas_kernels.peer_experts import peer_experts
 from pallas_kernels.product_key_topk import product_key_topk
 from pallas_kernels.wkv4 import wkv4
@@ -58,6 +58,32 @@ def linear_scan_oracle(a, b, h0, reset=None):
         h = a[:, t] * h + b[:, t]
         out[:, t] = h
     return out, h
+
+
+def gates_inputs(*names: str) -> Callable:
+    """Pre-activations of both signs, some of them so large that their exponentials overflow."""
+    def make(rng: np.random.Generator, batch: int, time: int, width: int) -> dict:
+        draw = lambda: rng.normal(size=(batch, time, width)) * np.where(rng.random((batch, time, width)) < 0.05, 300, 2)
+        return {name: draw() for name in names} | dict(h0=rng.normal(size=(batch, width)),
+                                                       reset=rng.random((batch, time)) < 0.1)
+
+    return make
+
+
+def positive(x):
+    return np.where(x >= 0, x + 0.5, 1 / (1 + np.exp(-np.clip(x, -700, 0))))
+
+
+def min_gru_oracle(hidden, gate, h0, reset):
+    gate = np.clip(gate, -700, 700)
+    return linear_scan_oracle(1 / (1 + np.exp(gate)), positive(hidden) / (1 + np.exp(-gate)), h0, reset)
+
+
+def min_lstm_oracle(hidden, forget, take, h0, reset):
+    """f / (f + i) by logarithms of 1 + exp."""
+    log_f, log_i = -np.logaddexp(0, -forget), -np.logaddexp(0, -take)
+    both = np.logaddexp(log_f, log_i)
+    return linear_scan_oracle(np.exp(log_f - both), np.exp(log_i - both) * positive(hidden), h0, reset)
 
 
 def wkv6_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, keys: int, values: int) -> dict:
@@ -177,6 +203,14 @@ ROWS = [
         sizes=((2, 13, 5),), kernels=("pallas_tpu",), kernel_cases=(((3, 1, 130), "float32"),),
         slow_kernel_sizes=((1, 523, 130),), full_size=(8, 2048, 2048),
         scan=Scan(time=("a", "b"), state="h0", reset=None), narrow=("a", "b")),
+    Row("min_gru", min_gru, min_gru_oracle, gates_inputs("hidden", "gate"),
+        sizes=((2, 13, 5), (3, 1, 4)), kernels=("pallas_tpu",), kernel_cases=(((2, 7, 5), "float32"),),
+        slow_kernel_sizes=((1, 523, 130), (9, 33, 257)), full_size=(8, 2048, 2048),
+        scan=Scan(time=("hidden", "gate", "reset"), state="h0"), narrow=("hidden", "gate")),
+    Row("min_lstm", min_lstm, min_lstm_oracle, gates_inputs("hidden", "forget", "take"), sizes=((1, 9, 3),),
+        kernels=("pallas_tpu",), kernel_cases=(((1, 37, 130), "bfloat16"),),
+        slow_kernel_sizes=((2, 7, 5), (1, 523, 257)), full_size=(8, 2048, 2048),
+        scan=Scan(time=("hidden", "forget", "take", "reset"), state="h0"), narrow=("hidden", "forget", "take")),
     Row("wkv6", wkv6, wkv6_oracle, wkv6_inputs,
         sizes=((2, 13, 3, 5, 4), (3, 1, 2, 4, 7), (1, 35, 1, 8, 8)),
         kernels=("pallas_tpu",), kernel_cases=(((1, 70, 2, 5, 4), "float32"),),

@@ -8,7 +8,8 @@ from pallas_kernels.aot.schedule import parse, parse_utilization, read_schedules
 from pallas_kernels.aot.targets import TARGETS, find_target
 
 # Straight code, a grid of 6 steps pipelined in three stages (so 8 trips), a loop of 5 inside, another right after it
-# whose bound is no constant, an empty bundle that shows no depth, and a comment over several lines.
+# whose bound is no constant, empty bundles that show no depth, a bundle inside with code from after the loop (it shows
+# the lesser depth), and a comment over several lines.
 BUNDLES = """
 = control target key start
 LB: loop body
@@ -19,21 +20,23 @@ LB: loop body
    0x4 LB: >> { %s21_s21 = sphi %s20_s20, %s22_s22 /* phi copy */  ;;  %s22_s22 = sadd.s32 1, %s21_s21 }
    0x5   : >> { %p1_p1 = scmp.ge.s32.totalorder %s22_s22, 7 /* loop exit test */ }
    0x6   : >> { %v1_v1 = vld [vmem:[%s1_s0] sm:$0xff] }
-   0x7   :  {}
-   0x8   : > { %5 = dma.vmem_to_hbm [thread:$0] /*
+   0x7   : > { %s40_s40 = ssub.s32 (%p1_p1), 1, %s41_s41 }
+   0x8   :  {}
+   0x9   : >> { %v2_v2 = vmov %v1_v1 }
+   0xa   : > { %5 = dma.vmem_to_hbm [thread:$0] /*
 base_bounds: (8, 256, 16)
 element_size_in_bytes: 2048 */ }
-   0x9 LB: >> { %p2_p2 = scmp.ge.s32.totalorder %s31_s31, %s33_s33 /* loop exit test */ }
-   0xa PF: > { %s8_s8 = sadd.s32 1, %s9_s9 /* copy for cssa */ }
-   0xb   : > { %p3_p3 = scmp.ge.s32.totalorder %s8_s8, 8 /* loop exit test */ }
-   0xc   :  { %7 = vsyncpa [#allocation4], 1 }
+   0xb LB: >> { %p2_p2 = scmp.ge.s32.totalorder %s31_s31, %s33_s33 /* loop exit test */ }
+   0xc PF: > { %s8_s8 = sadd.s32 1, %s9_s9 /* copy for cssa */ }
+   0xd   : > { %p3_p3 = scmp.ge.s32.totalorder %s8_s8, 8 /* loop exit test */ }
+   0xe   :  { %7 = vsyncpa [#allocation4], 1 }
 """
 UTILIZATION = """== CAPACTIY:
 MXU, XLU, VALU, VLOAD, VLOAD:FILL, VSTORE:SPILL, SALU
     4     3     4     3     3     1     2
 == UTILIZATION:
 """ + "\n".join(["0 0 0 0 0 0 1"] * 4 + ["0 0 4 0 0 0 0", "0 0 2 0 1 0 0", "0 0 0 3 0 1 0", "0 0 0 0 0 0 0"]
-                + ["0 0 0 0 0 0 1"] * 5)
+                + ["0 0 0 0 0 0 1"] * 7)
 
 
 def test_loops_trips_and_cycles():
@@ -41,10 +44,10 @@ def test_loops_trips_and_cycles():
     rows = [(body.at, body.depth, body.bundles, body.trips, body.runs) for body in schedule.bodies]
     assert rows == [("0x0", 0, 2, 1, 1),
                     ("0x1", 1, 6, 8, 8),
-                    ("0x4", 2, 4, 5, 6 * 5),          # from 2 to 7, in the 6 steps of the grid
-                    ("0x9", 2, 1, None, None)]
+                    ("0x4", 2, 6, 5, 6 * 5),          # from 2 to 7, in the 6 steps of the grid
+                    ("0xb", 2, 1, None, None)]
     assert not schedule.complete
-    assert schedule.cycles == 2 + 6 * 8 + 4 * 30
+    assert schedule.cycles == 2 + 6 * 8 + 6 * 30
     assert schedule.inner.at == "0x4"
 
 
@@ -60,7 +63,7 @@ def test_a_loop_whose_start_is_computed_has_unknown_trips():
 
 def test_shares_and_spills_are_those_of_the_units_that_the_head_names():
     body = parse("kernel", BUNDLES, UTILIZATION).bodies[2]
-    assert body.shares == {"MXU": 0, "XLU": 0, "VALU": 6 / 16, "VLOAD": 3 / 12, "SALU": 0}
+    assert body.shares == {"MXU": 0, "XLU": 0, "VALU": 6 / 24, "VLOAD": 3 / 18, "SALU": 2 / 12}
     assert body.spills == 2
 
 
