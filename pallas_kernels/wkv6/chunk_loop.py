@@ -33,13 +33,13 @@ def forward(name: str, chunk: Callable, lanes: Lanes, tiles: Tiles, arrays: Arra
     y, last, *starts = pl.pallas_call(
         functools.partial(_forward_kernel, chunk, lanes.together, size, tuple(arrays), tuple(constants),
                           reset is not None, save),
-        grid=(lanes.batch, lanes.groups, blocks),
+        grid=(lanes.batch, specs.steps, blocks),
         in_specs=[*reset_specs, *map(specs.block, arrays.values()), *map(specs.constant, constants.values()),
                   specs.state],
         out_specs=[specs.block(arrays["v"]), specs.state, *([specs.start] if save else [])],
         out_shape=[_like(arrays["v"]), _like(state), *([_like(state, (lanes.batch, blocks, *state.shape[1:]))]
                                                        if save else [])],
-        scratch_shapes=[pltpu.VMEM(state.shape[2:], jnp.float32), *scratch],
+        scratch_shapes=[pltpu.VMEM(specs.side, jnp.float32), *scratch],
         compiler_params=_IN_ORDER, cost_estimate=_cost(lanes, (*arrays.values(), arrays["v"])), name=name,
     )(*resets, *arrays.values(), *constants.values(), state)
     return y, last, (starts[0] if save else None)
@@ -56,11 +56,11 @@ def backward(name: str, chunk: Callable, lanes: Lanes, tiles: Tiles, arrays: Arr
     out = pl.pallas_call(
         functools.partial(_backward_kernel, chunk, lanes.together, size, tuple(arrays), tuple(constants),
                           reset is not None),
-        grid=(lanes.batch, lanes.groups, blocks),
+        grid=(lanes.batch, specs.steps, blocks),
         in_specs=[*reset_specs, *in_blocks, *fixed, specs.start, specs.block(dy), specs.state],
         out_specs=[*in_blocks, *fixed, specs.state],
         out_shape=[*map(_like, arrays.values()), *map(_like, constants.values()), _like(dlast)],
-        scratch_shapes=[pltpu.VMEM((tile // size, *dlast.shape[2:]), jnp.float32), *scratch],
+        scratch_shapes=[pltpu.VMEM((tile // size, *specs.side), jnp.float32), *scratch],
         compiler_params=_IN_ORDER, cost_estimate=_cost(lanes, (*arrays.values(), *arrays.values(), dy), 3), name=name,
     )(*resets, *arrays.values(), *constants.values(), starts, dy, dlast)
     return dict(zip(arrays, out, strict=False)), dict(zip(constants, out[len(arrays):], strict=False)), out[-1]
@@ -75,20 +75,21 @@ def _forward_kernel(chunk, heads, size, names, constant_names, has_reset, save, 
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = first_ref[0, 0]
+        state[...] = first_ref[0]
 
     if save:
-        starts_ref[0, 0, 0] = state[...]
-    fixed = {name: ref[0] for name, ref in constants.items()}
+        starts_ref[0, 0] = state[...]
+    groups = state.shape[0]
 
     def trip(i, _):
         here = pl.ds(pl.multiple_of(i * size, size), size)
-        y, state[...] = chunk(heads, arrays["v"].dtype == jnp.float32, _read(arrays, here), fixed,
-                              keep[0][here] if keep else None, state[...])
-        y_ref[0, here] = y.astype(y_ref.dtype)
+        for g in range(groups):
+            y, state[g] = chunk(heads, arrays["v"].dtype == jnp.float32, _read(arrays, here, g, groups),
+                                _read(constants, slice(None), g, groups), keep[0][here] if keep else None, state[g])
+            y_ref[0, here, _lanes(y_ref, g, groups)] = y.astype(y_ref.dtype)
 
     jax.lax.fori_loop(0, y_ref.shape[1] // size, trip, None)
-    last_ref[0, 0] = state[...]
+    last_ref[0] = state[...]
 
 
 def _backward_kernel(chunk, heads, size, names, constant_names, has_reset, *refs):
@@ -98,7 +99,7 @@ def _backward_kernel(chunk, heads, size, names, constant_names, has_reset, *refs
     darrays, refs = _take(names, refs)
     dconstants, (dstate, states, *keep) = _take(constant_names, refs)
     turn_resets(reset_ref, keep)
-    fixed, trips = {name: ref[0] for name, ref in constants.items()}, dy_ref.shape[1] // size
+    trips, groups = dy_ref.shape[1] // size, states.shape[1]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -109,24 +110,28 @@ def _backward_kernel(chunk, heads, size, names, constant_names, has_reset, *refs
     def of(i):
         here = pl.ds(pl.multiple_of(i * size, size), size)
         kept = keep[0][here] if keep else None
-        return here, lambda x, constants, state: chunk(heads, arrays["v"].dtype == jnp.float32, x, constants, kept,
-                                                       state)
+        return here, lambda x, fixed, state: chunk(heads, arrays["v"].dtype == jnp.float32, x, fixed, kept, state)
 
     def onward(i, _):
         here, run = of(i)
-        states[i + 1] = run(_read(arrays, here), fixed, states[i])[1]
+        for g in range(groups):
+            x, fixed = _read(arrays, here, g, groups), _read(constants, slice(None), g, groups)
+            states[i + 1, g] = run(x, fixed, states[i, g])[1]
 
     def back(n, _):
         i = trips - 1 - n
         here, run = of(i)
-        _, pull = jax.vjp(run, _read(arrays, here), fixed, states[i])
-        dx, dfixed, dstate[0, 0] = pull((dy_ref[0, here].astype(jnp.float32), dstate[0, 0]))
-        for name, ref in darrays.items():
-            ref[0, here] = dx[name].astype(ref.dtype)
-        for name, ref in dconstants.items():
-            ref[0] += dfixed[name]
+        for g in range(groups):
+            x, fixed = _read(arrays, here, g, groups), _read(constants, slice(None), g, groups)
+            _, pull = jax.vjp(run, x, fixed, states[i, g])
+            dy = dy_ref[0, here, _lanes(dy_ref, g, groups)].astype(jnp.float32)
+            dx, dfixed, dstate[0, g] = pull((dy, dstate[0, g]))
+            for name, ref in darrays.items():
+                ref[0, here, _lanes(ref, g, groups)] = dx[name].astype(ref.dtype)
+            for name, ref in dconstants.items():
+                ref[0, :, _lanes(ref, g, groups)] += dfixed[name]
 
-    states[0] = start_ref[0, 0, 0]
+    states[0] = start_ref[0, 0]
     jax.lax.fori_loop(0, trips - 1, onward, None)
     jax.lax.fori_loop(0, trips, back, None)
 
@@ -135,8 +140,14 @@ def _take(names, refs):
     return dict(zip(names, refs, strict=False)), refs[len(names):]
 
 
-def _read(refs, here) -> dict[str, Array]:
-    return {name: ref[0, here].astype(jnp.float32) for name, ref in refs.items()}
+def _lanes(ref, group: int, groups: int) -> slice:
+    """Columns of one of the groups of heads that a block holds."""
+    width = ref.shape[2] // groups
+    return slice(group * width, (group + 1) * width)
+
+
+def _read(refs, here, group: int, groups: int) -> dict[str, Array]:
+    return {name: ref[0, here, _lanes(ref, group, groups)].astype(jnp.float32) for name, ref in refs.items()}
 
 
 def turn_resets(reset_ref, keep) -> None:
@@ -152,19 +163,24 @@ _IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "a
 
 
 class _Specs:
-    """Where a step (row, group, block) of the grid reads and writes."""
+    """Where a step (row, groups, block) of the grid reads and writes.
+
+    Two groups a step where their number is even: one computes while the other waits for the matrix unit.
+    """
 
     def __init__(self, lanes: Lanes, tile: int, order: Callable):
         self.lanes, self.tile, self.order = lanes, tile, order
-        side = (lanes.together * lanes.value, lanes.together * lanes.key)
-        self.state = pl.BlockSpec((1, 1, *side), lambda b, g, t: (b, g, 0, 0))
-        self.start = pl.BlockSpec((1, 1, 1, *side), lambda b, g, t: (b, order(t), g, 0, 0))
+        self.groups = 2 if lanes.groups % 2 == 0 else 1
+        self.steps = lanes.groups // self.groups
+        self.side = (self.groups, lanes.together * lanes.value, lanes.together * lanes.key)
+        self.state = pl.BlockSpec((1, *self.side), lambda b, g, t: (b, g, 0, 0))
+        self.start = pl.BlockSpec((1, 1, *self.side), lambda b, g, t: (b, order(t), g, 0, 0))
 
     def block(self, x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((1, self.tile, x.shape[2] // self.lanes.groups), lambda b, g, t: (b, self.order(t), g))
+        return pl.BlockSpec((1, self.tile, x.shape[2] // self.steps), lambda b, g, t: (b, self.order(t), g))
 
     def constant(self, x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, x.shape[2] // self.lanes.groups), lambda b, g, t: (b, 0, g))
+        return pl.BlockSpec((1, 1, x.shape[2] // self.steps), lambda b, g, t: (b, 0, g))
 
     def resets(self, reset: Array | None) -> tuple[list, list, list]:
         """(arguments, their specs, scratch): [B, 1, T], because [B, T, 1] would take 128 lanes a position in memory."""

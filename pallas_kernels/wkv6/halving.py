@@ -50,9 +50,13 @@ def swap_blocks(x: Array, size: int) -> Array:
     return jnp.flip(x.reshape(*batch, length // (2 * size), 2, size, width), -3).reshape(x.shape)
 
 
-def pairs(size: int, length: int, row: Array, column: Array) -> Array:
-    """Where row i and column j < i, counted modulo the chunk's length, are a pair that level `size` serves."""
-    return ((row & size) != 0) & (((row ^ column) & (length - 1)) // size == 1)
+def split_at(length: int, row: Array, column: Array) -> Array:
+    """For row i and column j < i, counted modulo the chunk's length: size <= this < 2 size for the level of the pair.
+
+    0 for the other places.
+    """
+    row, column = row & (length - 1), column & (length - 1)
+    return jnp.where(row > column, row ^ column, 0)
 
 
 def places(*shape: int) -> tuple[Array, Array]:
@@ -73,10 +77,10 @@ def scores(rows: list[Array], columns: list[Array], products: list[Level]) -> Ar
     n rows and n columns, all [..., c, K]; returns [..., n c, n c] in blocks of c by c.
     """
     length, repeats = rows[0].shape[-2], len(rows)
-    place = places(repeats * length, repeats * length)
+    level_of = split_at(length, *places(repeats * length, repeats * length))
     out = jnp.zeros((*rows[0].shape[:-2], repeats * length, repeats * length), rows[0].dtype)
     for level in products[:-1]:
         here = product(jnp.concatenate([x * level.before for x in rows], axis=-2),
                        transposed(jnp.concatenate([x * level.after for x in columns], axis=-2)))
-        out = jnp.where(pairs(level.size, length, *place), here, out)
+        out = jnp.where(level_of >= level.size, here, out)        # the larger levels come after
     return out

@@ -9,9 +9,19 @@ from pallas_kernels import dispatch
 from pallas_kernels.batching import merged_into_batch
 from pallas_kernels.wkv6 import chunk_loop
 from pallas_kernels.wkv6.config import TPU
-from pallas_kernels.wkv6.halving import levels, pairs, places
+from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
-from pallas_kernels.wkv6.vmem_ops import apart, first_row, own_blocks, product, swap_blocks, together
+from pallas_kernels.wkv6.vmem_ops import (
+    EXACT,
+    ROUNDED,
+    STORED,
+    apart,
+    first_row,
+    own_blocks,
+    product,
+    swap_blocks,
+    together,
+)
 
 Array = jax.Array
 
@@ -79,6 +89,7 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
     What only y reads may be rounded to bfloat16 when y is (not `exact`); the state is float32.
     """
     r, k, v, decay = x["r"], x["k"], x["v"], jnp.exp(x["w"])
+    rounded, added = (EXACT, EXACT) if exact else (ROUNDED, STORED)
     past = r
     if keep is not None:
         keep = jnp.tile(keep, (1, r.shape[1] // LANES)) if r.shape[1] > LANES else keep
@@ -86,9 +97,10 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
     products = levels(decay, swap_blocks)
     whole, length = products[-1], r.shape[0]
     row, column = places(heads * length, length)
-    scores = jnp.where(row % length == column, product("nt", exact, apart(heads, r * constants["u"]), k), 0)
+    level_of = split_at(length, row, column)
+    scores = jnp.where(row % length == column, product("nt", rounded, apart(heads, r * constants["u"]), k), 0)
     for level in products[:-1]:
-        here = product("nt", exact, apart(heads, past * level.before), k * level.after)
-        scores = jnp.where(pairs(level.size, length, row, column), here, scores)
-    y = product("nt", exact, past * whole.before, state) + together(heads, product("nn", exact, scores, v))
-    return y, first_row(whole.total) * state + own_blocks(heads, product("tn", True, v, k * whole.after))
+        here = product("nt", rounded, apart(heads, past * level.before), k * level.after)
+        scores = jnp.where(level_of >= level.size, here, scores)
+    y = product("nt", rounded, past * whole.before, state) + together(heads, product("nn", rounded, scores, v))
+    return y, first_row(whole.total) * state + own_blocks(heads, product("tn", added, v, k * whole.after))

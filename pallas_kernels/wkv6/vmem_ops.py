@@ -6,6 +6,8 @@ derivatives of their own, each made of the others.
 """
 
 import functools
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +17,53 @@ Array = jax.Array
 SUBLANES = 8
 
 
+class Parts(NamedTuple):
+    """How many bfloat16 numbers an operand of a product is the sum of: one rounds it, two keep 16 bits, three all."""
+    x: int
+    y: int
+
+
+EXACT = None                # float32 operands, which the matrix unit takes in six passes
+ROUNDED = Parts(1, 1)       # one pass
+WIDE = Parts(2, 2)          # three passes, error 2^-17
+WIDE_X = Parts(2, 1)        # two passes, for a y that was bfloat16 anyway
+STORED = Parts(1, 3)        # three passes, for an x that was: the whole float32 y
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(form: str, exact: bool, x: Array, y: Array) -> Array:
-    """x y, x y^T or x^T y for form "nn", "nt" or "tn", in float32; not `exact` rounds x and y to bfloat16 before."""
-    contracted = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[form]
-    if not exact:
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return jax.lax.dot_general(x, y, (tuple((axis,) for axis in contracted), ((), ())),
-                               precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-                               preferred_element_type=jnp.float32)
+def product(form: str, parts: Parts | None, x: Array, y: Array) -> Array:
+    """x y, x y^T or x^T y for form "nn", "nt" or "tn", in float32.
+
+    The gradient of one that is not EXACT is made of ROUNDED products: what rounds it does not accumulate.
+    """
+    contracted = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[form]
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=(contracted, ((), ())),
+                            preferred_element_type=jnp.float32)
+    if parts is EXACT:
+        return dot(x, y, precision=jax.lax.Precision.HIGHEST)
+    pieces = itertools.product(enumerate(_apart(x, parts.x)), enumerate(_apart(y, parts.y)))
+    return sum(dot(a, b, precision=jax.lax.Precision.DEFAULT) for (i, a), (j, b) in pieces if i + j < max(parts))
 
 
-def _product_backward(form, exact, saved, g):
+def _apart(x: Array, parts: int) -> list[Array]:
+    pieces = [x.astype(jnp.bfloat16)]
+    while len(pieces) < parts:
+        x = x - pieces[-1].astype(jnp.float32)
+        pieces.append(x.astype(jnp.bfloat16))
+    return pieces
+
+
+def _product_backward(form, parts, saved, g):
     x, y = saved
+    parts = EXACT if parts is EXACT else ROUNDED
     if form == "nn":
-        return product("nt", exact, g, y), product("tn", exact, x, g)
+        return product("nt", parts, g, y), product("tn", parts, x, g)
     if form == "nt":
-        return product("nn", exact, g, y), product("tn", exact, g, x)
-    return product("nt", exact, y, g), product("nn", exact, x, g)
+        return product("nn", parts, g, y), product("tn", parts, g, x)
+    return product("nt", parts, y, g), product("nn", parts, x, g)
 
 
-product.defvjp(lambda form, exact, x, y: (product(form, exact, x, y), (x, y)), _product_backward)
+product.defvjp(lambda form, parts, x, y: (product(form, parts, x, y), (x, y)), _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -95,3 +123,27 @@ def own_blocks(heads: int, x: Array) -> Array:
         return x
     row, column = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) // (x.shape[axis] // heads) for axis in (0, 1))
     return jnp.where(row == column, x, 0)
+
+
+@jax.custom_vjp
+def halves(x: Array) -> tuple[Array, Array]:
+    """The left and the right half of the columns."""
+    middle = x.shape[1] // 2
+    return x[:, :middle], x[:, middle:]
+
+
+halves.defvjp(lambda x: (halves(x), None), lambda _, g: (jnp.concatenate(g, axis=1),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_blocks(heads: int, x: Array) -> Array:
+    """[heads c, heads c], block-diagonal, from x [heads c, c]."""
+    return own_blocks(heads, jnp.concatenate([x] * heads, axis=1))
+
+
+def _in_blocks_backward(heads, _, g):
+    length, g = g.shape[1] // heads, own_blocks(heads, g)
+    return (sum(g[:, h * length:(h + 1) * length] for h in range(heads)),)
+
+
+in_blocks.defvjp(lambda heads, x: (in_blocks(heads, x), None), _in_blocks_backward)

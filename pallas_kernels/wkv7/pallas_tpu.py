@@ -7,10 +7,25 @@ import jax.numpy as jnp
 
 from pallas_kernels.batching import merged_into_batch
 from pallas_kernels.wkv6 import chunk_loop
-from pallas_kernels.wkv6.halving import levels, pairs, places
+from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
 from pallas_kernels.wkv6.pallas_tpu import unsupported as unsupported
-from pallas_kernels.wkv6.vmem_ops import apart, first_row, own_blocks, product, swap_blocks, together
+from pallas_kernels.wkv6.vmem_ops import (
+    EXACT,
+    ROUNDED,
+    STORED,
+    WIDE,
+    WIDE_X,
+    Parts,
+    apart,
+    first_row,
+    halves,
+    in_blocks,
+    own_blocks,
+    product,
+    swap_blocks,
+    together,
+)
 from pallas_kernels.wkv7.config import TPU
 from pallas_kernels.wkv7.solve import inverse
 
@@ -81,46 +96,47 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
     read = r * decay
     products = levels(decay, swap_blocks)
     whole, length = products[-1], r.shape[0]
-    row, column = places(heads * length, heads * length)
-    same, diagonal = row // length == column // length, row == column
+    rounded, wide, wide_x, stored = (EXACT,) * 4 if exact else (ROUNDED, WIDE, WIDE_X, STORED)
     spread = functools.partial(apart, heads)
-    r_b, r_k = (jnp.where(diagonal, product("nt", exact, spread(r), spread(y)), 0) for y in (b, k))
-    a_b = a_k = jnp.zeros_like(r_b)
+    row, column = places(heads * length, 2 * length)            # each row with b and with k of its own head
+    level_of = split_at(length, row, column)
+    columns = lambda x, y: jnp.concatenate([x, y])
+    of_r = jnp.where(row % length == column % length, product("nt", rounded, spread(r), columns(b, k)), 0)
+    of_a = jnp.zeros_like(of_r)
     for level in products[:-1]:
-        served = pairs(level.size, length, row, column) & same
-        b_after, k_after = spread(b * level.after), spread(k * level.after)
-        a_before, r_before = spread(a * level.before), spread(read * level.before)
-        a_b = jnp.where(served, product("nt", True, a_before, b_after), a_b)
-        a_k = jnp.where(served, product("nt", True, a_before, k_after), a_k)
-        r_b = jnp.where(served, product("nt", exact, r_before, b_after), r_b)
-        r_k = jnp.where(served, product("nt", exact, r_before, k_after), r_k)
-    values = spread(v)
-    from_state = spread(product("nt", True, a * whole.before, state))
-    removed = solve(length, a_b, from_state + product("nn", True, a_k, values))
-    y = (product("nt", exact, read * whole.before, state)
-         + together(heads, product("nn", exact, r_b, removed) + product("nn", exact, r_k, values)))
-    added = product("tn", True, v, k * whole.after) + product("tn", True, together(heads, removed), b * whole.after)
+        served = level_of >= level.size         # or a larger level's, which comes after
+        after = columns(b * level.after, k * level.after)
+        of_a = jnp.where(served, product("nt", wide, spread(a * level.before), after), of_a)
+        of_r = jnp.where(served, product("nt", rounded, spread(read * level.before), after), of_r)
+    from_state = product("nt", wide, a * whole.before, state)
+    a_b, a_k = halves(of_a)
+    removed = from_state + together(heads, product("nn", wide_x, a_k, v))
+    removed = together(heads, solve(length, wide, in_blocks(heads, a_b), spread(removed)))
+    y = (product("nt", rounded, read * whole.before, state)
+         + together(heads, product("nn", rounded, of_r, columns(removed, v))))
+    added = product("tn", stored, v, k * whole.after) + product("tn", wide, removed, b * whole.after)
     return y, first_row(whole.total) * state + own_blocks(heads, added)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def solve(length: int, a: Array, y: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def solve(length: int, parts: Parts | None, a: Array, y: Array) -> Array:
     """solve.py's for blocks of `length` along the diagonal."""
-    return _solve_forward(length, a, y)[0]
+    return _solve_forward(length, parts, a, y)[0]
 
 
-def _solve_forward(length, a, y):
-    inverted = inverse(a, length, functools.partial(product, "nn", True))
-    x = product("nn", True, inverted, y)
+def _solve_forward(length, parts, a, y):
+    inverted = inverse(a, length, functools.partial(product, "nn", parts))
+    x = product("nn", parts, inverted, y)
     return x, (inverted, x)
 
 
-def _solve_backward(length, saved, dx):
+def _solve_backward(length, parts, saved, dx):
     inverted, x = saved
-    dy = product("tn", True, inverted, dx)
+    parts = EXACT if parts is EXACT else ROUNDED
+    dy = product("tn", parts, inverted, dx)
     row, column = places(*inverted.shape)
     below = (row > column) & (row // length == column // length)
-    return jnp.where(below, product("nt", True, dy, x), 0), dy
+    return jnp.where(below, product("nt", parts, dy, x), 0), dy
 
 
 solve.defvjp(_solve_forward, _solve_backward)

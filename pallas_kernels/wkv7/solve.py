@@ -9,7 +9,7 @@ float32 their differences are noise.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.wkv6.halving import pairs, places, product, transposed
+from pallas_kernels.wkv6.halving import places, product, split_at, transposed
 
 Array = jax.Array
 
@@ -25,11 +25,11 @@ def solve(a: Array, y: Array) -> Array:
 
 def inverse(a: Array, length: int, product=product) -> Array:
     """(I - a)^-1 of each block of `length`, a power of two, along the diagonal of a; places outside of them are 0."""
-    row, column = place = places(*a.shape[-2:])
-    same = row // length == column // length
-    out, size = jnp.where(pairs(1, length, *place) & same, a, 0) + (row == column).astype(a.dtype), 2
+    row, column = places(*a.shape[-2:])
+    level_of = jnp.where(row // length == column // length, split_at(length, row, column), 0)
+    out, size = jnp.where(level_of == 1, a, 0) + (row == column).astype(a.dtype), 2
     while size < length:
-        below = jnp.where(pairs(size, length, *place) & same, a, 0)
+        below = jnp.where(level_of // size == 1, a, 0)
         out, size = out + product(out, product(below, out)), 2 * size
     return out
 
