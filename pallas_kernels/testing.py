@@ -1,13 +1,16 @@
 """Run TPU kernels without a TPU: the interpreter with its race detector, and the compiler ahead of time."""
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
 
 from pallas_kernels.dispatch import stated_platform
 
@@ -26,6 +29,7 @@ def interpreted_tpu() -> Iterator[None]:
     jax 0.10 only prints it and sets a flag of a private module, later ones raise where it happens. Computations have to
     be traced and finished (`jax.block_until_ready`) inside.
     """
+    _teach_packing()
     pltpu.reset_tpu_interpret_mode_state()
     simulate = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     try:
@@ -41,6 +45,19 @@ def interpreted_tpu() -> Iterator[None]:
         raise
     finally:
         pltpu.reset_tpu_interpret_mode_state()
+
+
+@functools.cache
+def _teach_packing() -> None:
+    """Makes `pltpu.pack_elementwise` of two float32 arrays run on CPUs, which the interpreter cannot by itself."""
+    def pack(low, high, *, packed_dtype):
+        low, high = (jax.lax.bitcast_convert_type(x.astype(packed_dtype), jnp.uint16).astype(jnp.uint32)
+                     for x in (low, high))
+        return low | (high << 16)
+
+    some = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    traced = jax.make_jaxpr(lambda x, y: pltpu.pack_elementwise([x, y], packed_dtype=jnp.bfloat16))(some, some)
+    mlir.register_lowering(traced.eqns[0].primitive, mlir.lower_fun(pack, multiple_results=False), platform="cpu")
 
 
 def compile_for_tpu(topology: str, function, *shapes, num_devices: int = 1) -> jax.stages.Compiled:
