@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.product_key_topk import chunked, reference
+from pallas_kernels.product_key_topk import chunked, pallas_tpu, reference
 
 Array = jax.Array
-_MODULES = {"chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 MOST_SUB_KEYS = math.isqrt(2 ** 31)      # ids are int32
 
@@ -32,8 +32,8 @@ def product_key_topk(q1: Array, q2: Array, c1: Array, c2: Array, k: int, *,
     Ties go to the larger first half, then to the smaller i, then to the smaller j (README.md says why), in every
     implementation. Scores have gradients to queries and sub-keys; ids have none.
 
-    implementation: "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that
-    serves.
+    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
+    order that serves. "pallas_tpu" has first derivatives only.
 
     Raises ValueError for shapes and dtypes that do not fit, c1 and c2 of different n, k outside 1..n, more than 46,340
     sub-keys (ids are int32), and an implementation that is unknown or cannot serve.
@@ -45,14 +45,18 @@ def product_key_topk(q1: Array, q2: Array, c1: Array, c2: Array, k: int, *,
         raise ValueError(f"{op}: c1 has shape {c1.shape} and c2 {c2.shape}; the number of experts must be a square, "
                          f"n * n, so both need the same n; not {c1.shape[-2]} and {c2.shape[-2]}")
     sizes = check_shapes(op, q1=(q1, "B T H K"), q2=(q2, "B T H K"), c1=(c1, keys), c2=(c2, keys))
-    check_dtypes(op, ("float32", "bfloat16", "float16", "float64"), q1=q1, q2=q2, c1=c1, c2=c2)
+    dtype = check_dtypes(op, ("float32", "bfloat16", "float16", "float64"), q1=q1, q2=q2, c1=c1, c2=c2)
     n = sizes["n"]
     if n > MOST_SUB_KEYS:
         raise ValueError(f"{op}: c1 has shape {c1.shape}; n is at most {MOST_SUB_KEYS}, as ids up to n * n are int32")
     k = operator.index(k)
     if not 1 <= k <= n:
         raise ValueError(f"{op}: k={k}; it must be from 1 to n={n}, the number of sub-keys in c1 {c1.shape}")
-    name = dispatch.choose(op, implementation, {"chunked": lambda platform: None, "reference": lambda platform: None})
+    name = dispatch.choose(op, implementation, {
+        "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype, n),
+        "chunked": lambda platform: None,
+        "reference": lambda platform: None,
+    })
     q1, q2, c1, c2 = vary_alike(q1, q2, c1, c2)
     if name == "reference":
         return reference.forward(q1, q2, c1, c2, k)
@@ -83,7 +87,7 @@ def _topk_forward(name, k, q1, q2, c1, c2):
 
 
 def _topk_backward(name, k, saved, cotangents):
-    return chunked.backward(*saved, cotangents[0])
+    return _MODULES[name].backward(*saved, cotangents[0])
 
 
 _topk.defvjp(_topk_forward, _topk_backward)

@@ -7,3 +7,7 @@ CHUNK_SCORES = 2 ** 18
 def chunk_length(scores_a_step: int, length: int) -> int:
     """Steps of time in a chunk."""
     return max(1, min(length, CHUNK_SCORES // scores_a_step))
+
+
+# TPU kernel: registers of 8 x 128 scores a trip of the loop that looks for the best one.
+UNROLL = 8
