@@ -157,7 +157,7 @@ def peer_inputs(rng: np.random.Generator, batch: int, time: int, heads: int, cho
     """Some ids are none, and with few experts some are chosen several times by a token."""
     ids = rng.integers(-1, experts, (batch, time, heads, chosen)).astype(np.int32)
     return dict(x=rng.normal(size=(batch, time, width)), ids=ids, gates=rng.normal(size=ids.shape),
-                table=rng.normal(size=(experts, kinds, width)))
+                table=rng.normal(size=(experts, kinds, width)) / np.sqrt(width))
 
 
 def gelu_experts_oracle(x, ids, gates, table):
@@ -224,11 +224,15 @@ ROWS = [
         full_size=(8, 2048, 32, 64, 64),
         scan=Scan(time=("r", "w", "k", "v", "a", "b", "reset"), state="state"), narrow=("r", "k", "v", "a", "b")),
     Row("product_key_topk", best_16, best_16_oracle, product_key_inputs,
-        sizes=((1, 3, 2, 17, 4), (2, 5, 3, 17, 4), (1, 1, 1, 16, 1)), kernels=(), kernel_cases=(), slow_kernel_sizes=(),
+        sizes=((1, 3, 2, 17, 4), (2, 5, 3, 17, 4), (1, 1, 1, 16, 1)), kernels=("pallas_tpu",),
+        kernel_cases=(((1, 3, 2, 17, 4), "float32"), ((1, 1, 1, 16, 1), "bfloat16")),
+        slow_kernel_sizes=((1, 3, 2, 17, 4), (2, 35, 2, 70, 5), (1, 131, 1, 17, 130)),
         full_size=(8, 2048, 8, 1024, 128), narrow=("q1", "q2", "c1", "c2")),
     Row("peer_experts", gelu_experts, gelu_experts_oracle, peer_inputs,
-        sizes=((1, 5, 6, 4, 49, 2, 7), (2, 1, 1, 3, 5, 3, 8), (3, 4, 2, 1, 1, 2, 1)), kernels=(), kernel_cases=(),
-        slow_kernel_sizes=(), full_size=(8, 2048, 8, 16, 2 ** 20, 2, 1024), narrow=("x", "table")),
+        sizes=((1, 5, 6, 4, 49, 2, 7), (2, 1, 1, 3, 5, 3, 8), (3, 4, 2, 1, 1, 2, 1)), kernels=("pallas_tpu",),
+        kernel_cases=(((1, 3, 1, 3, 5, 2, 512), "float32"), ((2, 1, 1, 2, 3, 2, 512), "bfloat16")),
+        slow_kernel_sizes=((2, 9, 3, 5, 7, 2, 1024), (1, 17, 1, 1, 3, 2, 4096), (1, 131, 1, 2, 400, 2, 512)),
+        full_size=(8, 2048, 8, 16, 2 ** 20, 2, 1024), narrow=("x", "table")),
     Row("wkv4", wkv4, wkv4_oracle, wkv4_inputs,
         sizes=((3, 13, 5), (4, 1, 3), (1, 70, 3)), kernels=(), kernel_cases=(), slow_kernel_sizes=(),
         full_size=(8, 1024, 2048), scan=Scan(time=("k", "v", "reset"), state="state"), narrow=("k", "v")),
