@@ -232,7 +232,7 @@ ROWS = [
         sizes=((1, 5, 6, 4, 49, 2, 7), (2, 1, 1, 3, 5, 3, 8), (3, 4, 2, 1, 1, 2, 1)), kernels=("pallas_tpu",),
         kernel_cases=(((1, 3, 1, 3, 5, 2, 512), "float32"), ((2, 1, 1, 2, 3, 2, 512), "bfloat16")),
         slow_kernel_sizes=((2, 9, 3, 5, 7, 2, 1024), (1, 17, 1, 1, 3, 2, 4096), (1, 131, 1, 2, 400, 2, 512)),
-        full_size=(8, 2048, 8, 16, 2 ** 20, 2, 1024), narrow=("x", "table")),
+        full_size=(8, 2048, 8, 16, 2 ** 18, 2, 1024), narrow=("x", "table")),
     Row("wkv4", wkv4, wkv4_oracle, wkv4_inputs,
         sizes=((3, 13, 5), (4, 1, 3), (1, 70, 3)), kernels=(), kernel_cases=(), slow_kernel_sizes=(),
         full_size=(8, 1024, 2048), scan=Scan(time=("k", "v", "reset"), state="state"), narrow=("k", "v")),
