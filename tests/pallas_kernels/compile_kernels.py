@@ -23,10 +23,10 @@ from pallas_kernels.testing import compile_for_tpu, kernels_in  # noqa: E402
 
 
 def shapes(row, dtype: str) -> dict:
-    """The inputs of the row's full size, by way of its smallest one: only letters' sizes differ."""
+    """The inputs of the row's full size, by way of its smallest one: only letters' sizes differ, others stay."""
     small, full = row.sizes[0], row.full_size
     letters = dict(zip(small, full, strict=True))
-    return {name: jax.ShapeDtypeStruct(tuple(letters[size] for size in x.shape),
+    return {name: jax.ShapeDtypeStruct(tuple(letters.get(size, size) for size in x.shape),
                                        x.dtype if x.dtype != np.float64 else dtype if name in row.narrow else "float32")
             for name, x in row.make(np.random.default_rng(0), *small).items()}
 
@@ -45,9 +45,11 @@ def backward(row, kernel, given):
 
 
 def split(row, kernel, given):
-    """Each device its rows, gradients included."""
-    spec = jax.sharding.PartitionSpec("device")
-    return jax.shard_map(lambda given: backward(row, kernel, given), in_specs=spec, out_specs=spec)(given)
+    """Each device its rows, and all of what has no batch; gradients included."""
+    specs = {name: jax.sharding.PartitionSpec(*["device"] * (x.shape[0] == row.full_size[0]))
+             for name, x in given.items()}
+    floats = {name: specs[name] for name, x in given.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return jax.shard_map(lambda given: backward(row, kernel, given), in_specs=(specs,), out_specs=floats)(given)
 
 
 def main(topology: str) -> None:
