@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.wkv4 import chunked, reference
+from pallas_kernels.wkv4 import chunked, pallas_tpu, reference
 from pallas_kernels.wkv4.reference import EMPTY
 
 Array = jax.Array
-_MODULES = {"chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 
@@ -36,8 +36,8 @@ def wkv4(w: Array, u: Array, k: Array, v: Array, state: Array | None = None, res
     as it is and lower the log weight by n w. From a state of RWKV-4 inference code, (num, den, max): the average is
     num / den, the log weight max + log(den).
 
-    implementation: "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that
-    serves. Both have all derivatives, and "reference" forward mode.
+    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
+    order that serves. "pallas_tpu" has first derivatives; the others have all, and "reference" forward mode.
 
     Raises ValueError for shapes and dtypes that do not fit, T = 0, an unknown implementation and one that cannot serve.
     Source: Peng et al. 2023, arXiv 2305.13048, section 3.1.2 and appendix D.
@@ -60,6 +60,7 @@ def wkv4(w: Array, u: Array, k: Array, v: Array, state: Array | None = None, res
         check_shapes("wkv4", k=(k, "B T C"), reset=(reset, "B T"))
         check_dtypes("wkv4", ("bool",), reset=reset)
     name = dispatch.choose("wkv4", implementation, {
+        "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })
