@@ -35,11 +35,13 @@ def main(args: argparse.Namespace) -> int:
     first = jax.process_index() == 0
     check_workdir(args.workdir, config, allow_change=args.allow_config_change, write=False)
     prepared = prepare(config)  # before anything is written: a config that cannot run leaves no trace
-    if first:
-        check_workdir(args.workdir, config, allow_change=args.allow_config_change)
-        write_environment(args.workdir, args.config)
-        write_parameters(args.workdir, prepared)
-        print(prepared.headline, flush=True)
+
+    def begun() -> None:
+        if first:
+            check_workdir(args.workdir, config, allow_change=args.allow_config_change)
+            write_environment(args.workdir, args.config)
+            write_parameters(args.workdir, prepared)
+            print(prepared.headline, flush=True)
 
     from lm.train.loop import Schedule, train
     evaluation = configs.options(config, "eval")
@@ -47,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         return train(prepared.experiment(args.workdir), args.workdir, prepared.mesh, options=prepared.options,
                      checkpoint=configs.options(config, "checkpoint"), log=configs.options(config, "log"),
                      schedule=Schedule(evaluation.every, evaluation.final), profile=args.profile,
-                     start=prepared.start)
+                     start=prepared.start, begun=begun)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from lm.core.tree import named_leaves
 from lm.train.options import CheckpointOptions
 from lm.train.state import TrainState
 
@@ -70,12 +72,16 @@ class Checkpoints:
         """(state, meta) of a step, the newest by default, on the devices and in the shardings that `abstract` names."""
         step = self._choose(step)
         try:
+            wrong = misfit(saved_shapes(self._folder / str(step)), abstract)
+            if wrong:
+                raise ValueError(wrong)
             out = self._manager.restore(step, args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()))
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ValueError(f"checkpoint {self._folder / str(step)} does not fit this config or is damaged: {error}. "
-                             f"Start with the config it was made by, or delete that folder to go on from the one "
-                             f"before") from error
+            # Libraries add pages about the file that they were reading; the first line says what is wrong.
+            raise ValueError(f"checkpoint {self._folder / str(step)} does not fit this config or is damaged: "
+                             f"{next(iter(str(error).splitlines()), type(error).__name__)}. Start with the config it "
+                             f"was made by, or delete that folder to go on from the one before") from error
         return TrainState(*out["state"]), dict(out["meta"])
 
     def _choose(self, step: int | None) -> int:
@@ -106,6 +112,26 @@ def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Ite
         checkpoints.close()
 
 
+def saved_shapes(path: epath.Path) -> Any:
+    """What the checkpoint folder `path` holds: the tree of a `TrainState` as dicts, with leaves that have a shape."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(path / "state").item_metadata.tree
+
+
+def misfit(saved: Any, abstract: Any) -> str:
+    """Where the two trees differ in names or shapes, the first three leaves; empty where they agree.
+
+    Asked before anything is read: orbax names no leaf, and its threads complain after it has given up.
+    """
+    held, asked = ({name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items() if hasattr(leaf, "shape")}
+                   for tree in (saved, abstract))
+    # A typed key is saved as the numbers in it.
+    keys = {name for name, leaf in named_leaves(abstract).items() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
+    wrong = [f"{name} is {held.get(name, 'absent')} there and {asked.get(name, 'absent')} in this config"
+             for name in {**held, **asked} if held.get(name) != asked.get(name) and name not in keys]
+    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
 def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = None, *,
                    ema: bool = False) -> tuple[Any, int]:
     """(parameters, step) of a run without its optimizer: for evaluation, sampling and `init_from`.
@@ -124,11 +150,15 @@ def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = No
         raise ValueError(f"no checkpoint of step {step} in {folder}; there are {sorted(steps)}")
     step = max(steps) if step is None else step
     name = "ema" if ema else "params"
+    path = folder / str(step) / "state"
+    saved = saved_shapes(path.parent)
+    if saved.get(name) is None:
+        raise ValueError(f"checkpoint {path} holds no {name!r}" + (
+            "; it is kept where config.optimizer.ema_decay is set" if ema else ""))
+    wrong = "" if abstract is None else misfit(saved[name], abstract)
+    if wrong:
+        raise ValueError(f"checkpoint {path.parent} does not fit this config: {wrong}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        path = folder / str(step) / "state"
-        saved = reader.metadata(path).item_metadata.tree
-        if saved.get(name) is None:
-            raise ValueError(f"checkpoint {path} holds no {name!r}")
         if abstract is None:
             abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved[name])
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)

@@ -71,11 +71,12 @@ class Schedule:
 
 def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, options: TrainOptions,
           checkpoint: CheckpointOptions, log: LogOptions, schedule: Schedule, profile: str | None = None,
-          start: Callable[[TrainState], TrainState] | None = None) -> int:
+          start: Callable[[TrainState], TrainState] | None = None, begun: Callable[[], None] = lambda: None) -> int:
     """Trains up to `options.steps`, from the newest checkpoint of `workdir` where there is one.
 
-    start: changes a fresh state, e.g. to another run's parameters; not called when resuming. Call under
-    `jax.set_mesh(mesh)`. Returns a code of `lm.train.exit_codes`.
+    start: changes a fresh state, e.g. to another run's parameters; not called when resuming. begun: called when the
+    state is there, before anything is written: what does not fit the workdir's checkpoints has been refused by then, so
+    that nobody writes a config beside checkpoints of another. Call under `jax.set_mesh(mesh)`. Returns a code of `lm.train.exit_codes`.
     """
     workdir = epath.Path(workdir)
     index, count = data_shard(mesh, options.batch_size, options.seq_len)
@@ -89,6 +90,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
     with open_checkpoints(workdir, checkpoint) as checkpoints:
         # --- Restore, or start.
         state, begin = restore_or_create(experiment, checkpoints, mesh, options, start)
+        begun()
         if begin >= options.steps:
             if first_process:
                 print(f"This run is complete: {workdir} holds step {begin} of {options.steps}. Raise train.steps to go "

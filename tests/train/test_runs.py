@@ -177,3 +177,13 @@ def test_only_adapters_train(complete, tmp_path):
         np.testing.assert_array_equal(new[name], leaf)
     adapters = {name: leaf for name, leaf in new.items() if name.startswith("lora/")}
     assert adapters and all(np.abs(leaf).max() > 0 for leaf in adapters.values())
+
+
+def test_a_refused_start_leaves_the_workdir_as_it_was(complete, tmp_path):
+    before = {name: (complete / name).read_bytes() for name in ("config.json", "environment.json", "parameters.txt")}
+    code, out = run(complete, *LONG, "--config.model.embed_dim=32", "--config.train.steps=130", "--allow-config-change")
+    assert code == 2 and "does not fit this config" in out and "Traceback" not in out, out
+    assert before == {name: (complete / name).read_bytes() for name in before}
+    code, out = run(tmp_path / "new", *LONG, "--init-from", str(tmp_path / "nowhere"))
+    assert code == 2 and "no checkpoint in" in out, out
+    assert not (tmp_path / "new" / "config.json").exists()  # or the right --init-from would be another config
