@@ -18,7 +18,7 @@ from launch.config_groups import GROUPS, option_class, resolve_group
 from launch.config_overrides import apply_overrides, flatten
 from launch.config_values import plain
 from launch.config_workdir import check_workdir
-from lm.core.fields import check_known
+from lm.core.fields import check_known, did_you_mean
 
 __all__ = ["ABSENT", "CONFIG_FILE", "GROUPS", "apply_overrides", "check", "check_workdir", "config_hash", "diff",
            "flatten", "from_args", "from_json", "load", "options", "read", "resolve", "to_json"]
@@ -75,12 +75,29 @@ def check(config: ConfigDict, num_devices: int | None = None) -> None:
         raise ValueError(
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs an evaluation at every checkpoint: "
             f"checkpoint.every={config.checkpoint.every} must be a multiple of eval.every={config.eval.every}")
+    if config.checkpoint.keep_best:
+        _check_best_metric(config)
     longest = config.model.get("max_positions")
     if longest is not None and config.train.seq_len > longest:
         raise ValueError(f"config.train.seq_len={config.train.seq_len} is longer than the table of positions, "
                          f"config.model.max_positions={longest}; raise that, or set it to None")
     if num_devices is not None:
         _check_devices(config, num_devices)
+
+
+def _check_best_metric(config: ConfigDict) -> None:
+    """A metric that no evaluation gives would keep no best checkpoint, and say nothing."""
+    from lm.eval.options import VALIDATION
+    known = [f"eval/{name}/{metric}" for name in (VALIDATION, *config.eval.sets)
+             for metric in ("loss", "perplexity", "bits_per_byte")]
+    name = config.checkpoint.best_metric
+    if name not in known:
+        raise ValueError(f"config.checkpoint.best_metric={name!r} is no metric of which less is better"
+                         f"{did_you_mean(name, known)}; there are {', '.join(known)}")
+    if name.split("/")[1] == VALIDATION and config.data.validation_fraction == 0 and not config.data.validation:
+        raise ValueError(f"config.checkpoint.best_metric={name!r} needs a validation split, and "
+                         f"config.data.validation_fraction is 0; set that, config.data.validation, or a metric of "
+                         f"eval.sets")
 
 
 def _check_devices(config: ConfigDict, num_devices: int) -> None:

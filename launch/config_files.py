@@ -36,6 +36,9 @@ def read(spec: str) -> dict[str, Any]:
     path = epath.Path(spec)
     path = path / CONFIG_FILE if path.is_dir() else path
     if not path.exists():
+        if epath.Path(spec).is_dir():
+            raise FileNotFoundError(f"{spec} is no workdir of a run: it has no {CONFIG_FILE}; check the path, or train "
+                                    f"there first")
         raise _missing(spec)
     if path.suffix != ".json":
         raise ValueError(f"{spec} is no config: give an experiment FILE.py[:ARG], a config.json or a workdir")
@@ -45,7 +48,8 @@ def read(spec: str) -> dict[str, Any]:
 def _missing(spec: str) -> FileNotFoundError:
     path = pathlib.Path(spec)
     beside = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(spec, [*beside, *(name.removesuffix(".py") for name in beside)], 1, 0.6)
+    stems = {name.removesuffix(".py"): name for name in beside}  # `quickstart` for `quickstart.py`
+    near = [stems.get(name, name) for name in difflib.get_close_matches(spec, [*beside, *stems], 1, 0.6)]
     return FileNotFoundError(f"there is no config {spec!r}; did you mean {near[0]!r}?" if near else
                              f"there is no config {spec!r}: give an experiment FILE.py[:ARG] or a workdir")
 

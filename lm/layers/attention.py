@@ -72,6 +72,8 @@ class Attention(nn.Module):
         if self.rope_theta is not None and self.dim(embed_dim) % 2:
             raise ValueError(f"attention.head_dim={self.dim(embed_dim)} must be even for rotary positions; "
                              f"set rope_theta=None or an even head_dim")
+        if self.rope_theta is not None and not self.rope_theta > 0:
+            raise ValueError(f"attention.rope_theta={self.rope_theta} must be above 0, or None for no rotary positions")
         if self.window is not None and self.window < 1:
             raise ValueError(f"attention.window={self.window} must be at least 1, or None for no window")
 

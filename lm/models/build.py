@@ -68,6 +68,9 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     own = field_types(ModelOptions)
     entries = {name: dict(value) for name, value in given.items() if isinstance(value, Mapping) and name not in own}
+    for name in set(given) - set(entries) - set(own):
+        if name in LAYERS:
+            raise ValueError(f"config.model.{name} must be a group of fields of that layer; got {given[name]!r}")
     options = fill(ModelOptions, {k: v for k, v in given.items() if k not in entries}, "config.model")
     made = ModelOptions(**options)
     for name in ("embed_dim", "num_layers", "vocab_multiple"):
@@ -75,6 +78,11 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config.model.{name}={options[name]} must be at least 1")
     if made.vocab_size is not None and made.vocab_size < 2:
         raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
+    for name in ("embed_std", "softcap", "max_positions"):
+        if options[name] is not None and not options[name] > 0:
+            raise ValueError(f"config.model.{name}={options[name]} must be above 0"
+                             f"{'' if name == 'embed_std' else ', or None for none'}")
+    check_dropout(options, "config.model")
     repeats_of(made)
     used = entry_names(made.prefix + made.pattern)
     out = dict(options)
@@ -91,8 +99,15 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
             LAYERS[kind](**filled).check(made.embed_dim)
         except ValueError as error:
             raise ValueError(f"config.model: {error}") from None
+        check_dropout(filled, f"config.model.{name}")
         out[name] = {"kind": kind, **filled}
     return out
+
+
+def check_dropout(options: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a `dropout` that is no share: such a run trains without complaint, and learns nothing."""
+    if not 0 <= options.get("dropout", 0.0) < 1:
+        raise ValueError(f"{where}.dropout={options['dropout']} must be at least 0 and below 1")
 
 
 def repeats_of(options: ModelOptions) -> int:
@@ -100,7 +115,10 @@ def repeats_of(options: ModelOptions) -> int:
     rest = options.num_layers - len(options.prefix)
     if not options.pattern and rest == 0:
         return 0
-    if not options.pattern or rest < 0 or rest % len(options.pattern):
+    if not options.pattern:
+        raise ValueError(f"config.model.pattern is empty and config.model.prefix makes {len(options.prefix)} of "
+                         f"num_layers={options.num_layers}; name at least one block, such as 'attention/mlp'")
+    if rest < 0 or rest % len(options.pattern):
         raise ValueError(
             f"config.model.num_layers={options.num_layers} must be {len(options.prefix)} (prefix) plus a multiple of "
             f"{len(options.pattern)} (pattern); nearest: "
@@ -116,6 +134,9 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
     if options.vocab_size is not None and options.vocab_size < vocab_size:
         raise ValueError(f"config.model.vocab_size={options.vocab_size} is smaller than the tokenizer's {vocab_size}; "
                          f"set it to None or at least that")
+    if options.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("config.model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment; without it JAX would "
+                         "compute in float32")
     norm = NORMS[options.norm]
     layers = {}
     for name in entry_names(options.prefix + options.pattern):

@@ -1,10 +1,11 @@
 """The groups `train`, `mesh`, `checkpoint` and `log` of a config."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Literal
 
-from lm.core.fields import option
+from lm.core.fields import check_known, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,12 @@ class TrainOptions:
             raise ValueError(f"config.train.hang_seconds={self.hang_seconds} must be positive, or None")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"config.train.lora_rank={self.lora_rank} must be at least 1, or None")
+        if self.max_skips < 0:
+            raise ValueError(f"config.train.max_skips={self.max_skips} must be at least 0")
+        try:
+            re.compile(self.lora_match)
+        except re.error as error:
+            raise ValueError(f"config.train.lora_match={self.lora_match!r} is no regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,16 @@ class MeshOptions:
     tensor: int = option(1, "heads, hidden widths and vocabulary are split")
     dcn: Mapping[str, int] | None = option(None, "factors of the axes across slices, e.g. {'data': 4}; None puts the "
                                            "number of slices on data")
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that fit no number of devices."""
+        if min(self.sizes.values()) < -1 or 0 in self.sizes.values() or list(self.sizes.values()).count(-1) > 1:
+            raise ValueError(f"config.mesh: sizes must be at least 1, and one of them may be -1 (fill); got "
+                             f"{self.sizes}; data is -1 unless it is set")
+        for axis, factor in (self.dcn or {}).items():
+            check_known([axis], self.sizes, "config.mesh.dcn", "axis")
+            if factor < 1:
+                raise ValueError(f"config.mesh.dcn.{axis}={factor} must be at least 1")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -57,6 +57,16 @@ def test_an_empty_config_is_complete():
      "config.train.seq_len=64 is longer than the table of positions, config.model.max_positions=32"),
     ({"model": {**GIVEN["model"], "embed_dim": 66}},
      "config.model: attention.num_heads=4 does not divide embed_dim=66"),
+    ({"train": {"lora_match": "("}}, "config.train.lora_match='(' is no regular expression"),
+    ({"train": {"max_skips": -1}}, "config.train.max_skips=-1 must be at least 0"),
+    ({"mesh": {"fsdp": -1}}, "config.mesh: sizes must be at least 1, and one of them may be -1"),
+    ({"mesh": {"data": 0}}, "config.mesh: sizes must be at least 1"),
+    ({"mesh": {"dcn": {"dta": 2}}}, "config.mesh.dcn has no axis 'dta'; did you mean 'data'?"),
+    ({"mesh": {"dcn": {"data": 0}}}, "config.mesh.dcn.data=0 must be at least 1"),
+    ({"checkpoint": {"keep_best": 1, "best_metric": "eval/validaton/loss"}},
+     "config.checkpoint.best_metric='eval/validaton/loss' is no metric of which less is better; did you mean"),
+    ({"checkpoint": {"keep_best": 1}, "data": {"validation_fraction": 0.0}},
+     "config.checkpoint.best_metric='eval/validation/loss' needs a validation split"),
 ])
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError) as error:

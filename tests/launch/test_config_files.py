@@ -108,8 +108,10 @@ def test_a_missing_file_is_reported_with_the_nearest(experiment, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="is no config"):
         read(str(tmp_path / "notes.txt"))
-    with pytest.raises(FileNotFoundError):
-        read(str(tmp_path))  # a folder without a config.json
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*quickstart\.py'"):
+        read(path.removesuffix(".py"))
+    with pytest.raises(FileNotFoundError, match=r"is no workdir of a run: it has no config\.json"):
+        read(str(tmp_path))
 
 
 def test_a_config_dict_is_written_as_its_data():

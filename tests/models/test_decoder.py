@@ -156,6 +156,13 @@ def test_parameter_names():
     (dict(mlp=dict(activation="swigloo")), "did you mean 'swiglu'?"),
     (dict(other=dict(num_heads=2)), "'other'"),
     (dict(norm="batch"), "config.model.norm must be"),
+    (dict(attention=3), "config.model.attention must be a group of fields of that layer; got 3"),
+    (dict(pattern=()), "config.model.pattern is empty"),
+    (dict(attention=dict(num_heads=4, rope_theta=0.0)), "attention.rope_theta=0.0 must be above 0"),
+    (dict(dropout=1.0), "config.model.dropout=1.0 must be at least 0 and below 1"),
+    (dict(mlp=dict(dropout=-0.1)), "config.model.mlp.dropout=-0.1 must be at least 0 and below 1"),
+    (dict(softcap=0.0), "config.model.softcap=0.0 must be above 0, or None for none"),
+    (dict(embed_std=-1.0), "config.model.embed_std=-1.0 must be above 0"),
 ])
 def test_mistakes_are_named(given, message):
     with pytest.raises(ValueError) as error:
@@ -167,6 +174,11 @@ def test_mistakes_are_named(given, message):
 def test_vocabulary_smaller_than_the_tokenizers_is_refused():
     with pytest.raises(ValueError, match="smaller than the tokenizer's 50"):
         build_model({**BASE, "vocab_size": 40}, 50)
+
+
+def test_float64_is_not_silently_float32():
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64=1"):
+        build_model({**BASE, "dtype": "float64"}, 50)
 
 
 def test_resolving_twice_changes_nothing():
