@@ -5,6 +5,9 @@ from typing import NamedTuple
 # Positions of a chunk of the XLA form, a power of two.
 CHUNK = 16
 
+# Below so many positions the XLA form, which does not pad them to a block of 128, is taken first on a TPU too.
+SHORT = 16
+
 
 class Tiles(NamedTuple):
     """tile: positions of a block, a multiple of 128. chunk: positions of a chunk, a power of two that divides it."""

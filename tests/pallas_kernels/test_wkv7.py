@@ -38,14 +38,15 @@ def drawn(rng, batch, time, heads, keys, values):
                 b=kappa * rng.random(kappa.shape), state=rng.normal(size=(batch, heads, keys, values)))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5),
        st.floats(0, 1), st.integers(0, 2 ** 31))
 def test_any_shape_equals_products_of_transitions(batch, time, heads, keys, values, resets, seed):
     rng = np.random.default_rng(seed)
     x, reset = drawn(rng, batch, time, heads, keys, values), rng.random((batch, time)) < resets
     with jax.enable_x64(True):
-        out = {name: wkv7(**x, reset=reset, implementation=name) for name in ("chunked", "reference")}
+        out = {name: jax.jit(functools.partial(wkv7, implementation=name))(**x, reset=reset)
+               for name in ("chunked", "reference")}
     for i, h in np.ndindex(batch, heads):
         want = transitions(*(x[n][i, :, h] for n in "rwkvab"), x["state"][i, h], reset[i])
         for y, state in out.values():
@@ -53,6 +54,7 @@ def test_any_shape_equals_products_of_transitions(batch, time, heads, keys, valu
             np.testing.assert_allclose(state[i, h], want[1], rtol=0, atol=1e-12 * max(1, np.abs(want[1]).max()))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def with_gradients(implementation, x, reset=None):
     out, pull = jax.vjp(lambda x: wkv7(**x, reset=reset, implementation=implementation), x)
     rng = np.random.default_rng(1)
@@ -62,14 +64,14 @@ def with_gradients(implementation, x, reset=None):
 def assert_chunked_is_exact(x, tolerance):
     """float32 values and gradients against the float64 reference."""
     x = {name: np.float32(a) for name, a in x.items()}
-    got = jax.jit(functools.partial(with_gradients, "chunked"))(x)
+    got = with_gradients("chunked", x)
     with jax.enable_x64(True):
         want = with_gradients("reference", {name: jnp.asarray(a, jnp.float64) for name, a in x.items()})
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, e, rtol=0, atol=tolerance * max(1, np.abs(e).max()))
 
 
-@pytest.mark.parametrize("log_decay", [-1e30, -1e-30, "mixed"])
+@pytest.mark.parametrize("log_decay", [-1e30, 0.0, "mixed"])
 def test_extreme_decays(log_decay):
     """One that forgets all, one that forgets nothing, and both in turn: float32 values and gradients stay exact."""
     x = drawn(np.random.default_rng(0), 1, 37, 1, 3, 2)
@@ -120,6 +122,7 @@ def test_without_removal_it_is_wkv6_of_the_present(implementation):
         np.testing.assert_allclose(state, want, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_time():
     """Four times the length: the gradient needs at most 4.4 times the temporaries."""
     def needs(time):
