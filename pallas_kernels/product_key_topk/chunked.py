@@ -3,11 +3,14 @@
 B batch, T tokens, H heads, K size of a sub-key, n sub-keys of each half, k kept.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.chunks import over_time, scan_time
+from pallas_kernels.dispatch import current_platform
 from pallas_kernels.product_key_topk.config import chunk_length
 from pallas_kernels.product_key_topk.reference import sub_scores
 
@@ -46,8 +49,7 @@ def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -
 
     def half(q, c, chosen, g):
         """The gradients of one half: the cotangents, put where the chosen sub-keys are, times keys and queries."""
-        put = jax.vmap(lambda where, value: jnp.zeros(n, g.dtype).at[where].add(value))
-        at_keys = put(chosen.reshape(-1, chosen.shape[-1]), g.reshape(-1, g.shape[-1])).reshape(*g.shape[:-1], n)
+        at_keys = _put(chosen, g, n)
         dq = product(f"bthn,{keys}->bthd", at_keys, c.astype(g.dtype))
         return dq, product(f"bthn,bthd->{keys}", at_keys, q.astype(g.dtype))
 
@@ -60,3 +62,14 @@ def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -
     zeros = (jnp.zeros_like(c1, g.dtype), jnp.zeros_like(c2, g.dtype))
     (dc1, dc2), (dq1, dq2) = scan_time(chunk, chunk_length(batch * heads * n, length), zeros, q1, q2, ids, g)
     return dq1, dq2, dc1.astype(c1.dtype), dc2.astype(c2.dtype)
+
+
+def _put(places: Array, values: Array, size: int) -> Array:
+    """[..., size] of zeros with values [..., k] added at places [..., k]."""
+    if current_platform() == "cpu":
+        put = jax.vmap(lambda place, value: jnp.zeros(size, values.dtype).at[place].add(value))
+        k = places.shape[-1]
+        return put(places.reshape(-1, k), values.reshape(-1, k)).reshape(*places.shape[:-1], size)
+    every = jnp.arange(size, dtype=places.dtype)
+    parts = [jnp.where(places[..., r, None] == every, values[..., r, None], 0) for r in range(places.shape[-1])]
+    return functools.reduce(jnp.add, parts)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
+from pallas_kernels.dispatch import stated_platform
 from pallas_kernels.peer_experts import config, peer_experts
 
 IMPLEMENTATIONS = ("reference", "chunked")
@@ -212,6 +213,7 @@ IDS = jnp.ones((2, 3, 5, 6), jnp.int32)
     ((X, IDS, IDS, TABLE), r"gates\[2, 3, 5, 6\] has dtype int32; allowed: float32"),
     ((X, IDS, GATES, TABLE.astype(int)), r"table\[9, 2, 4\] has dtype int32; allowed: float32"),
     ((X, IDS, GATES, TABLE, "chunkd"), r"no implementation 'chunkd'; did you mean 'chunked'"),
+    ((X, IDS, GATES, TABLE, "pallas_tpu"), r"cannot run on cpu as 'pallas_tpu': .* it needs a TPU and this is cpu"),
 ])
 def test_bad_input(arguments, message):
     *arguments, implementation = arguments if len(arguments) == 5 else (*arguments, None)
@@ -222,3 +224,16 @@ def test_bad_input(arguments, message):
 def test_a_cotangent_may_be_a_numpy_array():
     _, pull = jax.vjp(lambda x: tanh_experts(x, IDS, GATES, TABLE, implementation="chunked"), X)
     np.testing.assert_array_equal(pull(np.ones(X.shape, np.float32))[0], pull(jnp.ones_like(X))[0])
+
+
+@pytest.mark.parametrize("width,kinds,reason", [(768, 2, "D=768 is not a multiple of 512"),
+                                                (512, 3, r"it takes tables \[N, 2, D\]")])
+def test_the_kernel_says_what_it_cannot_do(width, kinds, reason):
+    table = jax.ShapeDtypeStruct((9, kinds, width), jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 3, width), jnp.float32)
+    run = lambda implementation: jax.eval_shape(functools.partial(tanh_experts, implementation=implementation),
+                                                x, IDS, GATES, table)
+    with stated_platform("tpu"):
+        with pytest.raises(ValueError, match=f"cannot run on tpu as 'pallas_tpu': .*{reason}"):
+            run("pallas_tpu")
+        assert run(None).shape == x.shape

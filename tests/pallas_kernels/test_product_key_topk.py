@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.dispatch import stated_platform
 from pallas_kernels.product_key_topk import config, num_sub_keys, product_key_topk
 from pallas_kernels.product_key_topk.chunked import staircase
+from pallas_kernels.testing import interpreted_tpu
 
 IMPLEMENTATIONS = ("reference", "chunked")
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -85,8 +87,9 @@ def test_the_staircase_holds_what_can_win(k, size):
     assert ranks == sorted(ranks) and all((a + 1) * (b + 1) <= k for a, b in ranks)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_chunks_change_nothing(monkeypatch, per_head):
+def test_chunks_change_nothing(monkeypatch, per_head, platform):
     """Three whole chunks and a shorter one, against all tokens at once: values and every gradient."""
     rng = np.random.default_rng(0)
     given_arrays = arrays(rng, 2, 7, 3, 6, 5, per_head)
@@ -100,7 +103,9 @@ def test_chunks_change_nothing(monkeypatch, per_head):
 
     whole = run()
     monkeypatch.setattr(config, "CHUNK_SCORES", 4 * 3 * 6)
-    for got, want in zip(run(), whole, strict=True):
+    with stated_platform(platform):         # what is put among zeros one way on CPUs, another way elsewhere
+        pieces = run()
+    for got, want in zip(pieces, whole, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -160,6 +165,18 @@ def test_rows_split_over_devices(kind):
                 np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_head", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_ties_in_the_kernel(per_head):
+    """The ids of the reference, with most sums occurring several times, more than one block, and k = n."""
+    rng = np.random.default_rng(0)
+    draw = lambda size: rng.integers(-1, 2, size).astype(np.float32)
+    given_arrays = arrays(rng, 1, 70, 2, 5, 2, per_head, draw)
+    with interpreted_tpu():
+        got = jax.block_until_ready(jax.jit(functools.partial(product_key_topk, k=5))(*given_arrays))
+    for a, b in zip(got, product_key_topk(*given_arrays, 5, implementation="reference"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 Q, C = jnp.ones((2, 3, 4, 5)), jnp.ones((6, 5))
 
 
@@ -176,6 +193,7 @@ Q, C = jnp.ones((2, 3, 4, 5)), jnp.ones((6, 5))
     ((Q.astype(int), Q, C, C, 2), r"q1\[2, 3, 4, 5\] has dtype int32; allowed: float32"),
     ((Q, Q, C, C.astype(jnp.bfloat16), 2), r"c2\[6, 5\] has dtype bfloat16; it must be that of q1, float32"),
     ((Q, Q, C, C, 2, "chunkd"), r"no implementation 'chunkd'; did you mean 'chunked'"),
+    ((Q, Q, C, C, 2, "pallas_tpu"), r"cannot run on cpu as 'pallas_tpu': .* it needs a TPU and this is cpu"),
 ])
 def test_bad_input(arguments, message):
     *arguments, implementation = arguments if len(arguments) == 6 else (*arguments, None)
