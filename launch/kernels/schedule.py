@@ -50,7 +50,7 @@ def measure(python: str, case: Case, cell: Cell, limit: float) -> dict[str, Any]
             return result
         wanted = [call for call in dict.fromkeys(result["calls"])
                   if call.startswith(case.expected_calls(cell.direction))]
-        schedules = read_schedules(pathlib.Path(folder), wanted)
+        schedules = read_schedules(pathlib.Path(folder), wanted, case.trips)
     return result | summary(case, cell.direction, TARGETS[cell.target], result, schedules)
 
 

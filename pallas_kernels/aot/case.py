@@ -47,6 +47,7 @@ class Case(NamedTuple):
     elements: int                                 # B T C or what else cycles are divided by, per 1,024 of them
     options: Mapping[str, Any] = {}               # arguments that are no arrays, such as k=16
     calls: Mapping[str, tuple[str, ...]] = {}     # by direction, where names differ from the default
+    trips: int | None = None                      # of loops in the kernels whose bound is computed, at these sizes
 
     def expected_calls(self, direction: str) -> tuple[str, ...]:
         """Beginnings of the names of the kernels that the compiled direction must call."""

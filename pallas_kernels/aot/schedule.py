@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LB|LH|LE|PB|PF|CT):?\s*)?:?\s*((?:>\s*)*)\{")
-_COMPARE = re.compile(r"scmp\.(ge|gt|eq)\.s32\.totalorder (%\w+), (\d+) /\* loop exit test \*/")
+_PHI = re.compile(r"= sphi (%\w+), (%\w+)")      # of a loop's head: from before it, from its trip before
 # The pipeline over the grid takes as many trips more as it has stages, in which the loops inside are jumped over.
 _STAGE = re.compile(r"/\* (?:phi copy :: )?iteration index, stage = (\d+)")
 _SPILLS = ("VLOAD:FILL", "VSTORE:SPILL", "FILL", "SPILL")
@@ -58,8 +58,11 @@ def dump_flags(folder: str) -> str:
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
-def read_schedules(folder: pathlib.Path, kernels: list[str]) -> list[Schedule]:
-    """Schedules of the named kernels, in that order. Raises FileNotFoundError where the compiler wrote none."""
+def read_schedules(folder: pathlib.Path, kernels: list[str], trips: int | None = None) -> list[Schedule]:
+    """Schedules of the named kernels, in that order; trips: of loops inside whose bound is not a constant.
+
+    Raises FileNotFoundError where the compiler wrote none.
+    """
     out = []
     for kernel in kernels:
         pattern = re.compile(rf"^\d+-{re.escape(kernel)}(\.\d+)?-\d+-final_bundles\.txt$")
@@ -68,15 +71,17 @@ def read_schedules(folder: pathlib.Path, kernels: list[str]) -> list[Schedule]:
             raise FileNotFoundError(f"the compiler wrote no schedule of {kernel!r} to {folder}")
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", finals[-1].name)
         tables = sorted(folder.glob(f"{stem}-*final_hlo-static-per-bundle-utilization.txt"))
-        out.append(parse(kernel, finals[-1].read_text(errors="replace"), tables[-1].read_text() if tables else ""))
+        out.append(parse(kernel, finals[-1].read_text(errors="replace"), tables[-1].read_text() if tables else "",
+                         trips))
     return out
 
 
-def parse(kernel: str, bundles: str, utilization: str) -> Schedule:
-    """One schedule from the text of the two files."""
+def parse(kernel: str, bundles: str, utilization: str, unknown: int | None = None) -> Schedule:
+    """One schedule from the text of the two files; unknown: trips of loops inside whose bound is not a constant."""
     slots, used = parse_utilization(utilization)
     groups = _bodies(bundles)
     trips = [_trips(group["text"], bundles) if group["depth"] else 1 for group in groups]
+    trips = [unknown if own is None and group["depth"] > 1 else own for own, group in zip(trips, groups, strict=True)]
     bodies = []
     for group, own in zip(groups, trips, strict=True):
         if not group["rows"]:
@@ -150,14 +155,26 @@ def _end(bundles: list, first: int) -> int:
 
 
 def _trips(own: str, everything: str) -> int | None:
-    """Trips of the loop with this body, where they are constant: from its exit test, its step and its start."""
-    test = _COMPARE.search(own)
-    if not test:
-        return None
-    compare, counter, bound = test.groups()
-    step = re.search(rf"{re.escape(counter)} = sadd\.s32 (\d+), %\w+", own)
-    begin = re.search(rf"= sphi (%\w+), {re.escape(counter)}\b", own)
-    start = begin and re.search(rf"{re.escape(begin[1])} = smov (\d+)\b", everything)
-    if not step or not start:
-        return None
-    return -(-(int(bound) + (compare == "gt") - int(start[1])) // int(step[1]))
+    """Trips of the loop with this body, where they are constant: from its exit test, its step and its start.
+
+    The exit test may stand in the bundles of a loop inside. It is that on a value that the loop's head takes from the
+    trip before.
+    """
+    for start, counter in _PHI.findall(own):
+        test = re.search(rf"scmp\.(ge|gt)\.s32\.totalorder (?:\(!?%\w+\), )?{counter}, (\d+) /\* loop exit test",
+                         everything)
+        begin = re.search(rf"{start} = smov (?:\(!?%\w+\), )?(\d+)\b", everything)
+        step = _step(counter, everything)
+        if test and begin and step:
+            return -(-(int(test[2]) + (test[1] == "gt") - int(begin[1])) // step)
+    return None
+
+
+def _step(counter: str, text: str) -> int | None:
+    """What is added to the counter a trip; the sum may have been spilled to scalar memory and read back."""
+    spilled = re.search(rf"{counter} = sld \[smem:\[(#\w+)\]\]", text)
+    if spilled:
+        stored = re.search(rf"sst \[smem:\[{spilled[1]}\]\] (%\w+)", text)
+        return _step(stored[1], text) if stored and stored[1] != counter else None
+    added = re.search(rf"{counter} = sadd\.s32 (?:\(!?%\w+\), )?(\d+), %\w+", text)
+    return int(added[1]) if added else None

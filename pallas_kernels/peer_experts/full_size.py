@@ -6,6 +6,7 @@ import jax
 
 from pallas_kernels.aot.case import BATCH, TIME, Case, Work, array, num_bytes
 from pallas_kernels.peer_experts.api import peer_experts
+from pallas_kernels.peer_experts.config import block_tokens
 
 WIDTH, HEADS, CHOSEN, EXPERTS = 1024, 8, 16, 2 ** 18     # 0.5 of the 1.5 billion parameters are in the table
 ROWS = BATCH * TIME * HEADS * CHOSEN          # that the tokens choose
@@ -17,11 +18,11 @@ def _case(name: str, dtype: str) -> Case:
     ids = array(BATCH, TIME, HEADS, CHOSEN, dtype="int32")
     gates = array(BATCH, TIME, HEADS, CHOSEN, dtype="float32")
     rows = ROWS * num_bytes(table) // EXPERTS
-    # The dot product with down and the sum of up: a multiply and an add an element each. Back: these products again, and
-    # with dy; the sum of down for dx; both outer products into the table.
+    # The dot product with down and the sum of up: a multiply and an add an element each. Back: these products again,
+    # and with dy; the sum of down for dx; both outer products into the table.
     return Case(
         name, peer_experts, dict(x=x, ids=ids, gates=gates, table=table), kernels=("pallas_tpu",),
-        elements=ROWS * WIDTH, options=dict(activation=_gelu),
+        elements=ROWS * WIDTH, options=dict(activation=_gelu), trips=block_tokens(BATCH * TIME, WIDTH),
         work={"forward": Work(rows + num_bytes(x, x, ids, gates), vector=4 * ROWS * WIDTH, transcendental=2 * ROWS),
               # reads the rows of experts and writes the dense gradient of the table
               "backward": Work(rows + num_bytes(x, x, x, ids, gates, gates, table), vector=10 * ROWS * WIDTH,

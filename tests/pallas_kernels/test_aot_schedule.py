@@ -51,6 +51,21 @@ def test_loops_trips_and_cycles():
     assert schedule.inner.at == "0x4"
 
 
+def test_trips_that_are_computed_can_be_given():
+    schedule = parse("kernel", BUNDLES, UTILIZATION, unknown=9)
+    assert schedule.complete and schedule.bodies[3].runs == 6 * 9 and schedule.bodies[2].trips == 5
+
+
+def test_an_exit_test_may_stand_in_a_loop_inside_and_its_counter_in_memory():
+    text = BUNDLES.replace("%p3_p3 = scmp.ge.s32.totalorder %s8_s8, 8 /* loop exit test */", "%p3_p3 = por %p1, %p2")
+    test = "%p3_p3 = scmp.ge.s32.totalorder (%p1_p1), %s8_s8, 8 /* loop exit test */"
+    text = text.replace("%v2_v2 = vmov", f"{test} ;; %v2_v2 = vmov")
+    text = text.replace("%s8_s8 = sadd.s32 1, %s9_s9", "%s8_s8 = sld [smem:[#allocation3_spill]]")
+    text = text.replace("%s1_s0 = smov 0", "%6 = sst [smem:[#allocation3_spill]] %s5_s5 ;; %s1_s0 = smov 0")
+    text = text.replace("%7 = vsyncpa", "%s5_s5 = sadd.s32 (%p1_p1), 1, %s9_s9 ;; %7 = vsyncpa")
+    assert [body.trips for body in parse("kernel", text, UTILIZATION).bodies] == [1, 8, 5, None]
+
+
 def test_a_step_that_is_not_one_shortens_the_loop():
     by_two = BUNDLES.replace("%s22_s22 = sadd.s32 1, %s21_s21", "%s22_s22 = sadd.s32 2, %s21_s21")
     assert parse("kernel", by_two, UTILIZATION).bodies[2].trips == 3
