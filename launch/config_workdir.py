@@ -29,6 +29,20 @@ MAY_CHANGE = (
 )
 
 
+def check_place(workdir: str) -> None:
+    """Raises ValueError for what cannot be a workdir: nothing, a file, or a bucket whose client is not installed."""
+    if not workdir.strip():
+        raise ValueError("--workdir is empty; give the folder of the run, local or gs://")
+    path = epath.Path(workdir)
+    places = (path,) if "://" in workdir else (path, *path.parents)  # buckets have no folders that could be files
+    try:
+        file = next((place for place in places if place.exists() and not place.is_dir()), None)
+    except ImportError as error:
+        raise ValueError(f"--workdir {workdir}: {error}; pip install gcsfs (gs://) or s3fs (s3://)") from None
+    if file is not None:
+        raise ValueError(f"--workdir {workdir}: {file} is a file; give a folder, which may be new")
+
+
 def why_allowed(path: str, before: Any, now: Any) -> str | None:
     """Why this difference may stand in one workdir, or None where it may not."""
     if path == "config.train.steps" and not (isinstance(before, int) and isinstance(now, int) and now >= before):

@@ -66,7 +66,13 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
         if sys.stdin.isatty():
             raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe one in")
         files = ["-"]
-    read = [sys.stdin.read() if name == "-" else pathlib.Path(name).read_text(encoding="utf-8") for name in files]
+    read = []
+    for name in files:
+        try:
+            read.append(sys.stdin.read() if name == "-" else pathlib.Path(name).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file {name} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+                             f"{error.start}; convert it, for example with `iconv -t utf-8`") from None
     return [*texts, *(text.removesuffix("\n") for text in read)]
 
 

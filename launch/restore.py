@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from launch import config as configs
+from launch.config_workdir import check_place
 from lm.adapters.lora import init_lora
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import Apply, Params
@@ -46,6 +47,7 @@ def open_run(workdir: str, step: int | None = None, *, overrides: Sequence[tuple
 
     Raises FileNotFoundError or ValueError where there is no such run or checkpoint.
     """
+    check_place(workdir)
     config = configs.load(workdir, overrides)
     tokenizer = load_tokenizer(configs.options(config, "data"))
     model = build_model(config.model.to_dict(), tokenizer.vocab_size)

@@ -19,17 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
     from launch import config as configs
+    from launch.config_workdir import check_place, check_workdir
     if args.init_from is not None:
         args.overrides = [*args.overrides, ("train.init_from", args.init_from)]
     if args.workdir is None:
         raise ValueError("lm train needs --workdir DIR, where checkpoints and logs go (local or gs://)")
+    check_place(args.workdir)
     config = configs.from_args(args)
 
     from launch.distributed import initialize
     initialize()
     import jax
 
-    from launch.config_workdir import check_workdir
     from launch.environment import write_environment
     configs.check(config, jax.device_count())
     first = jax.process_index() == 0

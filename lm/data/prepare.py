@@ -113,6 +113,9 @@ def prepare(source: SourceOptions, tokenizer: Tokenizer, out: str, *, workers: i
         raise ValueError(f"{out!r} exists; prepared data is never overwritten: choose another --out, or remove it")
     remote = "://" in str(out)
     if not remote:
+        file = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
+        if file is not None:
+            raise ValueError(f"--out {out}: {file} is a file; choose a folder that is new, in one that may exist")
         final.parent.mkdir(parents=True, exist_ok=True)
     beside = None if remote else str(final.parent)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=beside))

@@ -88,6 +88,12 @@ def test_an_existing_folder_is_never_overwritten_and_a_failure_leaves_nothing(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_inside_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file/in/web: .*file is a file; choose a folder"):
+        prepare(SOURCE, TOKENIZER, str(tmp_path / "file" / "in" / "web"))
+
+
 def test_damage_is_found_before_training(tmp_path, folder):
     import shutil
     for name, change, message in (("manifest.json", None, "manifest.json is missing"),

@@ -107,6 +107,9 @@ def test_prompts_come_from_files_and_stdin(tmp_path, monkeypatch):
     assert generate_command.read_prompts(["x"], [str(path)]) == ["x", "from a file\n"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped\n"))
     assert generate_command.read_prompts([], []) == ["piped"]
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8: byte 0xe9 at offset 3"):
+        generate_command.read_prompts([], [str(path)])
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
@@ -119,6 +122,7 @@ def test_prompts_come_from_files_and_stdin(tmp_path, monkeypatch):
     (["--num-samples", "0", "--prompt", "a"], "--num-samples must be at least 1"),
     (["--step", "5", "--prompt", "a"], r"no checkpoint of step 5 .* \[3, 8\]"),
     (["--config", "x.py", "--prompt", "a"], "takes the config from there"),
+    (["--config.model.embed_dim=32", "--prompt", "a"], r"embed/embedding is \(\d+, 16\) there and"),
 ])
 def test_mistakes_of_lm_generate_are_named(workdir, words, message):
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from launch import config
-from launch.config_workdir import MAY_CHANGE, check_workdir, table, why_allowed, write_text
+from launch.config_workdir import MAY_CHANGE, check_place, check_workdir, table, why_allowed, write_text
 
 GIVEN = {"model": {"embed_dim": 64, "num_layers": 2, "attention": {"num_heads": 4}}}
 
@@ -23,6 +23,22 @@ def test_a_new_workdir_gets_the_resolved_config(tmp_path):
     check_workdir(tmp_path / "runs" / "x", make("train.steps=5"))
     assert config.diff(stored(tmp_path / "runs" / "x"), make("train.steps=5")) == []
     assert [path.name for path in (tmp_path / "runs" / "x").iterdir()] == ["config.json"]  # no temporary file is left
+
+
+def test_what_cannot_be_a_workdir_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="file is a file; give a folder"):
+            check_place(str(path))
+    with pytest.raises(ValueError, match="--workdir is empty"):
+        check_place(" ")
+
+    def missing(self):
+        raise ImportError("Please install gcsfs")
+    check_place(str(tmp_path / "new" / "run"))
+    monkeypatch.setattr(type(epath.Path("gs://bucket/run")), "exists", missing)
+    with pytest.raises(ValueError, match=r"gs://bucket/run: Please install gcsfs; pip install gcsfs"):
+        check_place("gs://bucket/run")
 
 
 def test_another_config_is_refused_with_the_differences_and_nothing_is_written(tmp_path):
