@@ -35,14 +35,17 @@ def run(args: argparse.Namespace) -> int:
     if args.write and not args.all:
         wanted, same = cell_files.split_by_change(wanted, record.get(compiler, {}), sources)
         print(f"{len(same)} cells are as recorded for {compiler}", file=sys.stderr)
-    results, left = compile_all(wanted, compile_one, sources, args.seconds)
-    if args.write:
-        kept = record.get(compiler, {})
-        if not (args.ops or args.target or args.direction):   # cases that are gone leave the record too
-            keys = {cell.key for cell in cell_files.plan(known, targets)}
-            kept = {key: result for key, result in kept.items() if key in keys}
-        record[compiler] = {**kept, **results}
+    keys = {cell.key for cell in cell_files.plan(cases(), TARGETS)}
+    kept = {key: result for key, result in record.get(compiler, {}).items() if key in keys}   # what is gone leaves
+
+    def keep(results: Mapping[str, Any]) -> None:
+        """After each cell, so that what was compiled is not lost with an interrupt."""
+        record[compiler] = kept | results
         cell_files.write(record)
+
+    results, left = compile_all(wanted, compile_one, sources, args.seconds, keep if args.write else None)
+    if args.write:
+        keep(results)
         table.write_into_page(table.markdown(record, cases()))
     shown = {compiler: results}
     print(json.dumps(shown, indent=2) if args.json else table.text(shown, known))
@@ -62,13 +65,19 @@ def commit() -> str:
 
 
 def compile_all(wanted: list[Cell], compile_one: Callable[[Cell], dict], sources: Mapping[str, str],
-                seconds: float | None) -> tuple[dict[str, Any], list[Cell]]:
-    """(key to result with the hash of its sources, cells that no time was left for). Progress goes to stderr."""
+                seconds: float | None,
+                keep: Callable[[dict[str, Any]], None] | None = None) -> tuple[dict[str, Any], list[Cell]]:
+    """(key to result with the hash of its sources, cells that no time was left for). Progress goes to stderr.
+
+    keep: gets all results so far after each cell.
+    """
     start, results = time.monotonic(), {}
     for number, cell in enumerate(wanted):
         if seconds is not None and time.monotonic() - start > seconds:
             return results, wanted[number:]
         results[cell.key] = compile_one(cell) | {"sources": sources[cell.case]}
+        if keep:
+            keep(results)
         print(f"[{number + 1}/{len(wanted)}] {cell.key}: {results[cell.key]['status']}", file=sys.stderr, flush=True)
     return results, []
 

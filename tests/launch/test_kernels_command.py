@@ -245,6 +245,19 @@ def test_write_compiles_what_changed_and_keeps_the_rest(monkeypatch, tmp_path, c
     assert "| linear_scan | forward | OK" in table.PAGE.read_text()
 
 
+def test_results_are_kept_after_each_cell():
+    kept = []
+
+    def compile_one(cell):
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        return dict(status="ok")
+
+    with pytest.raises(KeyboardInterrupt):
+        matrix.compile_all(CELLS, compile_one, SOURCES, None, lambda results: kept.append(set(results)))
+    assert kept == [{CELLS[0].key}, {CELLS[0].key, CELLS[1].key}]
+
+
 def test_operations_and_targets_may_stand_in_any_order():
     args = cli.parse("kernels", ["matrix", "a", "--target", "v4", "b", "--target", "7x"])
     assert (args.ops, args.target) == (["a", "b"], ["v4", "7x"])
