@@ -129,6 +129,7 @@ def misfit(saved: Any, abstract: Any) -> str:
     keys = {name for name, leaf in named_leaves(abstract).items() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
     wrong = [f"{name} is {held.get(name, 'absent')} there and {asked.get(name, 'absent')} in this config"
              for name in {**held, **asked} if held.get(name) != asked.get(name) and name not in keys]
+    wrong.sort(key=lambda line: line.startswith("opt_state/"))  # a parameter says more than its moments
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
