@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
-# Steps of a block and, because the backward computes a block again from the state before it, between saved states.
-# Eight rows of 128 lanes of resets are one register of 128 steps.
+# Steps of a block and, because the backward computes a block again from the state before it, between saved states:
+# these then are 3% of k, v and y, and what is computed again fits into VMEM.
 TIME = 128
 LANES, SUBLANES = 128, 8
+BITS = 32           # resets travel as bits: one lane broadcast for 32 steps
 
 
 class Tiles(NamedTuple):

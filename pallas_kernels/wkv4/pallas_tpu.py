@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import dispatch
 from pallas_kernels.batching import merged_into_batch
 from pallas_kernels.wkv4 import tpu_backward, tpu_forward
-from pallas_kernels.wkv4.config import LANES, SUBLANES, TIME, Tiles, backward_chains, forward_chains, tiles
+from pallas_kernels.wkv4.config import BITS, LANES, SUBLANES, TIME, Tiles, backward_chains, forward_chains, tiles
 from pallas_kernels.wkv4.registers import steps_turned
 
 Array = jax.Array
@@ -48,7 +48,7 @@ def backward(w: Array, u: Array, k: Array, v: Array, reset: Array | None, starts
     """(dw, du, dk, dv, dstate) from the saved states and the cotangents of y and of the final state."""
     tile = tiles(k.shape[0], k.shape[2], backward_chains(k.dtype.itemsize))
     grid, spec = _blocks(k.shape, tile, backwards=True)
-    resets, reset_specs, keep = _resets(reset, spec)
+    resets, reset_specs, words = _resets(reset, spec)
     wide = lambda num: pltpu.VMEM((num, tile.chains, SUBLANES, LANES), jnp.float32)
     states = pltpu.VMEM((TIME, tile.chains, 3, SUBLANES, LANES), jnp.float32)
     groups = TIME // steps_turned(k.dtype)
@@ -61,7 +61,7 @@ def backward(w: Array, u: Array, k: Array, v: Array, reset: Array | None, starts
         in_specs=[*reset_specs, spec["row"], spec["row"], spec["start"], spec["state"], *[spec["block"]] * 3],
         out_specs=[spec["row"], spec["row"], spec["block"], spec["block"], spec["state"]],
         out_shape=[_like(w[:, None]), _like(u[:, None]), _like(k), _like(v), _like(adjoint)],
-        scratch_shapes=[wide(2), wide(3), wide(2), wide(2), states, *turned, *keep],
+        scratch_shapes=[wide(2), wide(3), wide(2), wide(2), states, *turned, *words],
         compiler_params=_IN_ORDER, cost_estimate=_cost(k, arrays=5, operations=60, exponentials=6),
         name="wkv4_backward",
     )(*resets, w[:, None], u[:, None], starts, adjoint, k, v, dy)
@@ -72,7 +72,7 @@ def backward(w: Array, u: Array, k: Array, v: Array, reset: Array | None, starts
 def _forward(w, u, k, v, state, reset, saving: bool) -> tuple[Array, ...]:
     tile = tiles(k.shape[0], k.shape[2], forward_chains(k.dtype.itemsize))
     grid, spec = _blocks(k.shape, tile, backwards=False)
-    resets, reset_specs, keep = _resets(reset, spec)
+    resets, reset_specs, words = _resets(reset, spec)
     wide = lambda num: pltpu.VMEM((num, tile.chains, SUBLANES, LANES), jnp.float32)
     out_specs, out_shape = [spec["block"], spec["state"]], [_like(v), _like(state)]
     if saving:
@@ -83,7 +83,7 @@ def _forward(w, u, k, v, state, reset, saving: bool) -> tuple[Array, ...]:
         grid=grid,
         in_specs=[*reset_specs, spec["row"], spec["row"], spec["state"], spec["block"], spec["block"]],
         out_specs=out_specs, out_shape=out_shape, 
-        scratch_shapes=[wide(2), wide(3), *[_turned(k, tpu_forward.TOGETHER)] * 2, *keep],
+        scratch_shapes=[wide(2), wide(3), *[_turned(k, tpu_forward.TOGETHER)] * 2, *words],
         compiler_params=_IN_ORDER, cost_estimate=_cost(k, arrays=3, operations=20, exponentials=4),
         name="wkv4_forward",
     )(*resets, w[:, None], u[:, None], state, k, v))
@@ -103,15 +103,20 @@ def _blocks(shape: tuple[int, int, int], tile: Tiles, backwards: bool):
         "row": pl.BlockSpec((tile.rows, 1, tile.width), lambda b, c, t: (b, 0, c)),
         "state": pl.BlockSpec((tile.rows, 2, tile.width), lambda b, c, t: (b, 0, c)),
         "start": pl.BlockSpec((tile.rows, None, 2, tile.width), lambda b, c, t: (b, when(t), 0, c)),
-        "reset": pl.BlockSpec((tile.rows, 1, TIME), lambda b, c, t: (b, 0, when(t))),
+        "reset": pl.BlockSpec((tile.rows, None, 1, TIME // BITS), lambda b, c, t: (b, when(t), 0, 0)),
     }
 
 
 def _resets(reset: Array | None, spec) -> tuple[list, list, list]:
-    """(arguments, their specs, scratch): [B, 1, T], because [B, T, 1] would take 128 lanes a step in memory."""
+    """(arguments, their specs, scratch): bit i of word j of a block says whether step 32 j + i resets."""
     if reset is None:
         return [], [], []
-    return [reset.astype(jnp.float32)[:, None]], [spec["reset"]], [pltpu.VMEM((SUBLANES, TIME), jnp.float32)]
+    batch, length = reset.shape
+    blocks = pl.cdiv(length, TIME)
+    bits = jnp.pad(reset, ((0, 0), (0, blocks * TIME - length))).reshape(batch, blocks, 1, TIME // BITS, BITS)
+    words = (bits.astype(jnp.uint32) << jnp.arange(BITS, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+    return ([jax.lax.bitcast_convert_type(words, jnp.int32)], [spec["reset"]],
+            [pltpu.VMEM((TIME // BITS, SUBLANES, LANES), jnp.int32)])
 
 
 def _turned(k: Array, *sizes: int):

@@ -64,11 +64,16 @@ def turn(registers: list[Array]) -> list[Array]:
 
 def load_rows(ref, tiles: Tiles, index: int, chain: int) -> Array:
     """One register of a [B, n, C] block: row `index` of its second axis."""
+    if tiles.groups == 1:
+        return ref[:, index, pl.ds(chain * LANES, LANES)]
     return jnp.concatenate([ref[row, index:index + 1, lanes] for row, lanes in _places(tiles, chain)])
 
 
 def store_rows(ref, tiles: Tiles, index: int, chain: int, x: Array) -> None:
     """The opposite of `load_rows`."""
+    if tiles.groups == 1:
+        ref[:, index, pl.ds(chain * LANES, LANES)] = x
+        return
     for i, (row, lanes) in enumerate(_places(tiles, chain)):
         ref[row, index:index + 1, lanes] = x[i:i + 1]
 

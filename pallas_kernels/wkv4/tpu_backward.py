@@ -1,6 +1,5 @@
 """The backward kernel: what one block of the grid does. Blocks come from the end of the row."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -18,10 +17,10 @@ from pallas_kernels.wkv4.registers import (
 from pallas_kernels.wkv4.tpu_forward import (
     LOG2E,
     decayed,
-    fill_keep,
     fill_rates,
+    fill_resets,
     for_groups,
-    moment,
+    for_registers,
     newest,
     open_state,
     reciprocal,
@@ -32,15 +31,15 @@ def kernel(tile: Tiles, length: int, has_reset: bool, *refs):
     """refs: [reset], w, u, start, adjoint, k, v, dy; dw, du, dk, dv, adjoint; then scratch.
 
     Scratch: rates, past, adjoint, sums of the gradients of w and u, the states a, b, p before every step of the block,
-    k, v and dy turned, [keep]. The steps are computed forward again from the saved start, then swept from the end.
+    k, v and dy turned, [resets]. The steps are computed forward again from the saved start, then swept from the end.
     """
     reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
     (w_ref, u_ref, start_ref, above_ref, k_ref, v_ref, dy_ref, dw_ref, du_ref, dk_ref, dv_ref, below_ref,
-     rates, past, adjoint, sums, states, k_turned, v_turned, dy_turned, *keep) = refs
+     rates, past, adjoint, sums, states, k_turned, v_turned, dy_turned, *resets) = refs
     block = pl.num_programs(2) - 1 - pl.program_id(2)
     num = steps_turned(k_ref.dtype)
     each = num // 8                     # steps in a register
-    fill_keep(tile, reset_ref, keep)
+    fill_resets(tile, reset_ref, resets)
     open_state(tile, start_ref, past)
 
     @pl.when(pl.program_id(2) == 0)
@@ -57,11 +56,10 @@ def kernel(tile: Tiles, length: int, has_reset: bool, *refs):
             turn_in(k_ref, tile, start, chain, k_turned.at[group, chain])
             turn_in(v_ref, tile, start, chain, v_turned.at[group, chain])
 
-        def register(j, chain, carry):
-            a, b, p = carry
+        def register(j, n, moments, carry):
+            (a, b, p), chain = carry, chains[n]
             pairs = (steps_in(x[group, chain, j]) for x in (k_turned, v_turned))
-            for i, (k, v) in enumerate(zip(*pairs, strict=True)):
-                forget, here = moment(keep, start, j, i, num, count)
+            for i, (k, v, (forget, here)) in enumerate(zip(*pairs, moments, strict=True)):
                 before, a, p = (a, b, p), forget(a, 0), forget(p, EMPTY * LOG2E)
                 states[start + j * each + i, chain] = jnp.stack([a, b, p])
                 older, newer, p = decayed(rates[0, chain], k * LOG2E, p)
@@ -69,8 +67,7 @@ def kernel(tile: Tiles, length: int, has_reset: bool, *refs):
             return a, b, p
 
         carry = tuple((past[0, chain], past[1, chain], past[2, chain]) for chain in chains)
-        carry = jax.lax.fori_loop(0, pl.cdiv(count, each), lambda j, carry: tuple(
-            register(j, chain, x) for chain, x in zip(chains, carry, strict=True)), carry, unroll=True)
+        carry = for_registers(resets, start, num, count, register, carry)
         for chain, (a, b, p) in zip(chains, carry, strict=True):
             past[0, chain], past[1, chain], past[2, chain] = a, b, p
 
@@ -79,14 +76,13 @@ def kernel(tile: Tiles, length: int, has_reset: bool, *refs):
         for n, chain in enumerate(chains):
             turn_in(dy_ref, tile, start, chain, dy_turned.at[n])
 
-        def register(j, n, carry):
+        def register(j, n, moments, carry):
             da, db, dw, du = carry
             chain = chains[n]
             w, u, dks, dvs = rates[0, chain], rates[1, chain], [], []
             pairs = (steps_in(x) for x in (k_turned[group, chain, j], v_turned[group, chain, j], dy_turned[n, j]))
-            for i, (k, v, dy) in reversed(list(enumerate(zip(*pairs, strict=True)))):
-                before = (da, db, dw, du)
-                k, forget, here = k * LOG2E, *moment(keep, start, j, i, num, count)
+            for i, (k, v, dy, (forget, here)) in reversed(list(enumerate(zip(*pairs, moments, strict=True)))):
+                before, k = (da, db, dw, du), k * LOG2E
                 a, b, p = states[start + j * each + i, chain]
                 now = newest(u, k, p)
                 share = reciprocal(b + now, k_ref.dtype)
@@ -103,9 +99,7 @@ def kernel(tile: Tiles, length: int, has_reset: bool, *refs):
             return da, db, dw, du
 
         carry = tuple((adjoint[0, chain], adjoint[1, chain], sums[0, chain], sums[1, chain]) for chain in chains)
-        registers = pl.cdiv(count, each)
-        carry = jax.lax.fori_loop(0, registers, lambda j, carry: tuple(
-            register(registers - 1 - j, n, x) for n, x in enumerate(carry)), carry, unroll=True)
+        carry = for_registers(resets, start, num, count, register, carry, backwards=True)
         for chain, (da, db, dw, du) in zip(chains, carry, strict=True):
             turn_out(k_turned.at[group, chain], tile, start, chain, dk_ref)
             turn_out(v_turned.at[group, chain], tile, start, chain, dv_ref)

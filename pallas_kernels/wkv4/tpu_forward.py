@@ -8,9 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.wkv4.config import LANES, SUBLANES, TIME, Tiles
+from pallas_kernels.wkv4.config import BITS, LANES, SUBLANES, TIME, Tiles
 from pallas_kernels.wkv4.reference import EMPTY
 from pallas_kernels.wkv4.registers import (
     joined,
@@ -30,13 +29,13 @@ TOGETHER = 2        # chains in one loop body: one waits for its exponentials wh
 
 
 def kernel(tile: Tiles, length: int, has_reset: bool, saving: bool, *refs):
-    """refs: [reset], w, u, state, k, v; y, last, [starts]; then scratch: rates, past, k and v turned, [keep]."""
+    """refs: [reset], w, u, state, k, v; y, last, [starts]; then scratch: rates, past, k and v turned, [resets]."""
     reset_ref, refs = (refs[0], refs[1:]) if has_reset else (None, refs)
     w_ref, u_ref, state_ref, k_ref, v_ref, y_ref, last_ref, *refs = refs
     start_ref, refs = (refs[0], refs[1:]) if saving else (None, refs)
-    rates, past, k_turned, v_turned, *keep = refs
+    rates, past, k_turned, v_turned, *resets = refs
     num = steps_turned(k_ref.dtype)
-    fill_keep(tile, reset_ref, keep)
+    fill_resets(tile, reset_ref, resets)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -51,12 +50,11 @@ def kernel(tile: Tiles, length: int, has_reset: bool, saving: bool, *refs):
             turn_in(k_ref, tile, start, chain, k_turned.at[i])
             turn_in(v_ref, tile, start, chain, v_turned.at[i])
 
-        def register(j, n, carry):
+        def register(j, n, moments, carry):
             a, b, p = carry
             w, u, out = rates[0, chains[n]], rates[1, chains[n]], []
-            for i, (k, v) in enumerate(zip(steps_in(k_turned[n, j]), steps_in(v_turned[n, j]), strict=True)):
-                before = (a, b, p)
-                k, forget, here = k * LOG2E, *moment(keep, start, j, i, num, count)
+            for k, v, (forget, here) in zip(steps_in(k_turned[n, j]), steps_in(v_turned[n, j]), moments, strict=True):
+                before, k = (a, b, p), k * LOG2E
                 a, p = forget(a, 0), forget(p, EMPTY * LOG2E)
                 now = newest(u, k, p)
                 out.append((a + now * v) * reciprocal(b + now, y_ref.dtype))
@@ -66,8 +64,7 @@ def kernel(tile: Tiles, length: int, has_reset: bool, saving: bool, *refs):
             return a, b, p
 
         carry = tuple((past[0, chain], past[1, chain], past[2, chain]) for chain in chains)
-        carry = jax.lax.fori_loop(0, pl.cdiv(count * SUBLANES, num), lambda j, carry: tuple(
-            register(j, n, x) for n, x in enumerate(carry)), carry, unroll=True)
+        carry = for_registers(resets, start, num, count, register, carry)
         for i, (chain, (a, b, p)) in enumerate(zip(chains, carry, strict=True)):
             turn_out(k_turned.at[i], tile, start, chain, y_ref)
             past[0, chain], past[1, chain], past[2, chain] = a, b, p
@@ -148,28 +145,40 @@ def open_state(tile: Tiles, state_ref, past) -> None:
 def close_state(tile: Tiles, past, state_ref) -> None:
     """The opposite of `open_state`."""
     for chain in range(tile.chains):
-        store_rows(state_ref, tile, 0, chain, past[0, chain] / past[1, chain])
+        store_rows(state_ref, tile, 0, chain, past[0, chain] * reciprocal(past[1, chain], jnp.float32))
         store_rows(state_ref, tile, 1, chain, past[2, chain] * LN2 + jnp.log(past[1, chain]))
 
 
-def fill_keep(tile: Tiles, reset_ref, keep) -> None:
-    """keep[0], [rows, steps of the block]: 1 where the row forgets."""
-    if keep:
-        keep[0][...] = jnp.concatenate([reset_ref[row] for row in range(tile.rows) for _ in range(tile.groups)])
+def fill_resets(tile: Tiles, reset_ref, resets) -> None:
+    """resets[0], [words of the block, rows, 128]: bit i of word j in all lanes, whether the row forgets at 32 j + i."""
+    if not resets:
+        return
+    words = jnp.concatenate([reset_ref[row] for row in range(tile.rows) for _ in range(tile.groups)])
+    for j in range(TIME // BITS):
+        resets[0][j] = jnp.broadcast_to(words[:, j:j + 1], (SUBLANES, LANES))
 
 
-def moment(keep, start, j, i: int, num: int, count: int):
-    """(forget, here) of step i of register j of the group at `start`.
+def for_registers(resets, start, num: int, count: int, register, carries: tuple, backwards: bool = False) -> tuple:
+    """The carries of all chains after register(j, chain, moments, carry) for the registers with `count` steps.
 
-    forget(x, empty) is x with `empty` in the rows that reset at that step. here(new, old) is `new`, where the step is
-    one of the `count` that the group has.
+    moments: (forget, here) of each step of the register. forget(x, empty) is x with `empty` in the rows that reset at
+    that step. here(new, old) is `new`, where the step is one of the `count` that the group has.
     """
-    step = j * (num // SUBLANES) + i
-    here = lambda new, old: new
-    if count % (num // SUBLANES):
-        here = lambda new, old: tuple(jnp.where(step < count, x, y) for x, y in zip(new, old, strict=True))
-    if not keep:
-        return lambda x, empty: x, here
-    column = pltpu.roll(keep[0][...], jax.lax.rem(TIME - start - step, TIME), 1)[:, :1]
-    resets = jnp.broadcast_to(column, (SUBLANES, LANES)) > 0
-    return lambda x, empty: jnp.where(resets, empty, x), here
+    each = num // SUBLANES
+    bits = resets[0][start // BITS] >> jax.lax.rem(start, BITS) if resets else None
+
+    def moment(step):
+        here = lambda new, old: new
+        if count % each:
+            here = lambda new, old: tuple(jnp.where(step < count, x, y) for x, y in zip(new, old, strict=True))
+        if not resets:
+            return lambda x, empty: x, here
+        restarts = (bits & (1 << step)) != 0
+        return lambda x, empty: jnp.where(restarts, empty, x), here
+
+    def body(j, carries):
+        j = pl.cdiv(count, each) - 1 - j if backwards else j
+        moments = [moment(j * each + i) for i in range(each)]
+        return tuple(register(j, n, moments, carry) for n, carry in enumerate(carries))
+
+    return jax.lax.fori_loop(0, pl.cdiv(count, each), body, carries, unroll=True)

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.testing import interpreted_tpu
 from pallas_kernels.wkv4 import initial_state, wkv4
+from pallas_kernels.wkv4.config import tiles
+from pallas_kernels.wkv4.registers import turn
 
 implementations = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 
@@ -121,6 +124,49 @@ def test_state_is_float32_under_bfloat16(implementation):
     np.testing.assert_allclose(jnp.exp(state[0, 1, 0]), 4000, rtol=3e-3)
 
 
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.3), st.integers(0, 2 ** 31))
+def test_any_shape_of_the_kernel_equals_the_reference(batch, time, width, resets, seed):
+    w, u, k, v, reset = drawn(seed, batch, time, width, resets)
+    w, u, k, v = map(np.float32, (w, u, k, v))
+    with interpreted_tpu():
+        got = jax.block_until_ready(value_and_gradients(w, u, k, v, None, reset, implementation="pallas_tpu"))
+    want = value_and_gradients(w, u, k, v, None, reset, implementation="reference")
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1))
+
+
+@pytest.mark.slow
+def test_exponents_of_any_size_in_the_kernel():
+    w, u, k, v, reset = drawn(5, 2, 9, 3, 0.2)
+    w, u, k, v = map(np.float32, (w, u, k, v))
+    for large in (k + np.float32(800), k - np.float32(800), 300 * k):
+        with interpreted_tpu():
+            got = jax.block_until_ready(value_and_gradients(w, u, large, v, None, reset, implementation="pallas_tpu"))
+        want = value_and_gradients(w, u, large, v, None, reset, implementation="reference")
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=2e-3 * max(np.abs(y).max(), 1))    # float32 holds 800 to 6e-5
+
+
+def test_turning_is_a_transpose():
+    x = np.arange(8 * 8 * 128, dtype=np.float32).reshape(8, 8, 128)
+    np.testing.assert_array_equal(jnp.stack(turn(list(x))), x.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("batch,width,want", [(8, 2048, (8, 1, 4)), (1, 2048, (1, 8, 2)), (3, 2048, (4, 2, 4)),
+                                              (9, 768, (8, 1, 3)), (2, 5, (2, 4, 1))])
+def test_tiles_fill_the_sublanes_and_waste_no_channels(batch, width, want):
+    assert tuple(tiles(batch, width, 4)) == want
+
+
+def test_kernel_refuses_float64():
+    with jax.enable_x64(True), interpreted_tpu():
+        x = jnp.ones((1, 3, 2))
+        with pytest.raises(ValueError, match="it takes float32 and bfloat16, not float64"):
+            wkv4(x[0, 0], x[0, 0], x, x, implementation="pallas_tpu")
+
+
 def test_other_arguments_keep_their_dtypes_in_gradients():
     k = jnp.ones((1, 3, 2))
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -170,6 +216,7 @@ W, K = jnp.ones(4), jnp.ones((2, 3, 4))
     ((W, W, K, K, None, jnp.zeros((2, 4), bool)), r"reset has shape \(2, 4\); it must be \[B, T\] with T=3"),
     ((W, W, K, K, None, jnp.zeros((2, 3))), r"reset\[2, 3\] has dtype float32; allowed: bool"),
     ((W, W, K, K, None, None, "chunkd"), r"no implementation 'chunkd'; did you mean 'chunked'"),
+    ((W, W, K, K, None, None, "pallas_tpu"), r"cannot run on cpu as 'pallas_tpu': .* it needs a TPU and this is cpu"),
 ])
 def test_bad_input(arguments, message):
     w, u, k, v, state, reset, implementation = (*arguments, *(None,) * (7 - len(arguments)))
