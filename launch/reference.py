@@ -75,12 +75,16 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def documentation(cls: type) -> dict[str, str]:
-    """Field to its line: the metadata of `option`, else what the class's docstring says after "name: "."""
+    """Field to its line: the metadata of `option`, else what the docstring of the class, or of a base that gives it
+    the field, says after "name: "."""
     fields = {field.name: field.metadata.get("doc", "") for field in dataclasses.fields(cls)}
-    text = " ".join((cls.__doc__ or "").split())
     names = "|".join(re.escape(name) for name in fields)
-    parts = re.split(rf"(?<![\w.`])({names}): ", text) if names else [text]
-    described = {name: line.strip().removesuffix(".") for name, line in zip(parts[1::2], parts[2::2], strict=True)}
+    described: dict[str, str] = {}
+    owners = [base for base in cls.__mro__ if base is cls or fields.keys() & vars(base).get("__annotations__", {})]
+    for owner in reversed(owners):
+        text = " ".join((owner.__doc__ or "").split())
+        parts = re.split(rf"(?<![\w.`])({names}): ", text) if names else [text]
+        described |= {name: line.strip().removesuffix(".") for name, line in zip(parts[1::2], parts[2::2], strict=True)}
     return {name: doc or described.get(name, "") for name, doc in fields.items()}
 
 

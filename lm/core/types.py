@@ -28,7 +28,8 @@ class Context(NamedTuple):
     positions: [B, T] int32, position inside the document.
     weights: [B, T] bool or float, 0 marks padding: it must not change any state nor be seen by other positions.
     key: PRNG key for dropout, or None when deterministic. It is folded by layer before a layer sees it.
-    shared: values that an earlier layer published for later ones; `shared["depth"]` is the layer's index (int32).
+    shared: values that an earlier layer published for later ones; `shared["depth"]` is the layer's index (int32) and
+      `shared["num_layers"]` their number, for initialisers that depend on both.
     """
 
     reset: Array
@@ -42,7 +43,7 @@ def context(batch_size: int, length: int, *, start: int = 0, key: Key | None = N
     """The context of `batch_size` single documents without padding, from position `start` on."""
     positions = jnp.broadcast_to(jnp.arange(start, start + length, dtype=jnp.int32), (batch_size, length))
     present = jnp.ones((batch_size, length), bool)
-    return Context(positions == 0, positions, present, key, {"depth": jnp.zeros((), jnp.int32)})
+    return Context(positions == 0, positions, present, key, {"depth": jnp.zeros((), jnp.int32), "num_layers": 1})
 
 
 class Layer(Protocol):

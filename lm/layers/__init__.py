@@ -1,9 +1,18 @@
 """The layers that a config may name, by the `kind` of an entry of `model`. To add one: its file, and its line here."""
 
 from lm.layers.attention import Attention
+from lm.layers.channel_mix import ChannelMix
+from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
+from lm.layers.rwkv4 import RWKV4
+from lm.layers.rwkv7 import RWKV7
 
 LAYERS = {
     "attention": Attention,
+    "channel_mix": ChannelMix,
+    "min_gru": MinGRU,
+    "min_lstm": MinLSTM,
     "mlp": MLP,
+    "rwkv4": RWKV4,
+    "rwkv7": RWKV7,
 }

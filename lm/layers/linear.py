@@ -43,12 +43,13 @@ class Dense(nn.Module):
     axes: tuple[str | None, str | None] = ("embed", "mlp")
     use_bias: bool = False
     init_scale: float = 1.0
+    kernel_init: Callable | None = None  # in place of `fan_in(init_scale)`
 
     @nn.compact
     def weights(self, in_features: int) -> tuple[Array, Array | None]:
         """kernel [in_features, features], bias [features] or None."""
-        kernel = self.param("kernel", nn.with_logical_partitioning(fan_in(self.init_scale), self.axes),
-                            (in_features, self.features))
+        init = self.kernel_init or fan_in(self.init_scale)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (in_features, self.features))
         if not self.use_bias:
             return kernel, None
         return kernel, self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),

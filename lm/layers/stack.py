@@ -85,7 +85,7 @@ class Stack(nn.Module):
         base = self.make_rng("params") if self.is_initializing() else None
 
         def init_block(block: Block, depth: Array) -> Any:
-            probe = context(1, 1)._replace(shared={"depth": depth})
+            probe = context(1, 1)._replace(shared={"depth": depth, "num_layers": self.num_layers})
             return block.init(jax.random.fold_in(base, depth), jnp.zeros((1, 1, D), x.dtype),
                               block.initial_state(1, D, x.dtype), probe)["params"]
 
@@ -98,7 +98,7 @@ class Stack(nn.Module):
 
         def run(block: Block, variables: Any, x: Array, state: State, ctx: Context, depth: Any):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, depth)
-            inner = ctx._replace(key=key, shared={**ctx.shared, "depth": depth})
+            inner = ctx._replace(key=key, shared={**ctx.shared, "depth": depth, "num_layers": self.num_layers})
             return block.apply(variables, x, state, inner)
 
         prefix_states, reports = [], []

@@ -46,6 +46,7 @@ class ModelOptions:
     tie_embeddings: bool = option(True, "use the embedding as output head")
     max_positions: int | None = option(None, "rows of a learned table of absolute positions; None for none")
     embed_std: float = option(0.02, "standard deviation of the embeddings at initialisation")
+    embed_norm: bool = option(False, "norm of the embedded input too (RWKV's ln0)")
     softcap: float | None = option(None, "logits become softcap * tanh(logits / softcap)")
     dropout: float = option(0.0, "dropout of the embedded input; layers have their own")
     norm: Literal["rms", "layer", "layer_no_bias"] = option("rms", "norm before each layer and before the head")
@@ -153,7 +154,7 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
         stack=Stack(prefix, pattern, repeats_of(options), options.scan, options.remat), final_norm=norm(),
         vocab_multiple=options.vocab_multiple, tie_embeddings=options.tie_embeddings,
         max_positions=options.max_positions, embed_std=options.embed_std, softcap=options.softcap,
-        dropout=options.dropout, dtype=options.dtype)
+        dropout=options.dropout, dtype=options.dtype, embed_norm=norm() if options.embed_norm else None)
 
 
 def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module) -> Block:

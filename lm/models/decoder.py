@@ -30,7 +30,7 @@ class DecoderLM(nn.Module):
       split over `tensor` and a checkpoint fits any mesh. Padding ids get logits of minus infinity.
     tie_embeddings: the embedding is the head. max_positions: rows of a learned table of absolute positions; None for
       none (rotary positions are the attention layer's own). softcap: logits become softcap * tanh(logits / softcap).
-    dtype: of activations; parameters are float32.
+    dtype: of activations; parameters are float32. embed_norm: norm of the embedded input, None for none.
     """
 
     vocab_size: int
@@ -44,6 +44,7 @@ class DecoderLM(nn.Module):
     softcap: float | None = None
     dropout: float = 0.0
     dtype: str = "bfloat16"
+    embed_norm: nn.Module | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -87,6 +88,8 @@ class DecoderLM(nn.Module):
         if self.max_positions is not None:
             where = Embed(self.max_positions, self.embed_dim, self.embed_std, (None, "embed"), name="position")
             x = x + where(positions, dtype)[0]
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
         ctx = Context(reset, positions, weights, key, {})
         x, after, aux = self.stack(x, state.stack, ctx)

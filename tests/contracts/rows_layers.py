@@ -4,7 +4,11 @@ A row is (id, layer). Every layer of `lm.layers.LAYERS` must have at least one r
 """
 
 from lm.layers.attention import Attention
+from lm.layers.channel_mix import ChannelMix
+from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
+from lm.layers.rwkv4 import RWKV4
+from lm.layers.rwkv7 import RWKV7
 
 EMBED_DIM = 32
 
@@ -13,7 +17,18 @@ ROWS = [
     ("attention_grouped", Attention(num_heads=4, num_kv_heads=2, qk_norm=True, use_bias=True)),
     ("attention_window", Attention(num_heads=4, window=5)),
     ("attention_without_rope", Attention(num_heads=2, head_dim=6, rope_theta=None)),
+    ("channel_mix_4", ChannelMix()),
+    ("channel_mix_5", ChannelMix(version=5)),
+    ("channel_mix_6", ChannelMix(version=6)),
+    ("channel_mix_7", ChannelMix(version=7, mlp_dim=48)),
+    ("min_gru", MinGRU()),
+    ("min_gru_conv_tanh", MinGRU(hidden_act="tanh", conv_width=4, use_bias=True)),
+    ("min_lstm", MinLSTM(hidden_act="identity", hidden_dim=24)),
+    ("min_lstm_conv", MinLSTM(conv_width=3)),
     ("mlp_gelu", MLP()),
     ("mlp_swiglu", MLP(activation="swiglu")),
+    ("rwkv4", RWKV4()),
+    ("rwkv4_wide", RWKV4(attention_dim=48)),
+    ("rwkv7", RWKV7(head_dim=8, value_residual=False)),
     ("mlp_relu2", MLP(activation="relu2", use_bias=True, mlp_dim=48)),
 ]
