@@ -151,7 +151,7 @@ def test_exponents_of_any_size_in_the_kernel():
 
 def test_turning_is_a_transpose():
     x = np.arange(8 * 8 * 128, dtype=np.float32).reshape(8, 8, 128)
-    np.testing.assert_array_equal(jnp.stack(turn(list(x))), x.swapaxes(0, 1))
+    np.testing.assert_array_equal(jax.jit(lambda x: jnp.stack(turn(list(x))))(x), x.swapaxes(0, 1))
 
 
 @pytest.mark.parametrize("batch,width,want", [(8, 2048, (8, 1, 4)), (1, 2048, (1, 8, 2)), (3, 2048, (4, 2, 4)),
