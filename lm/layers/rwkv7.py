@@ -130,7 +130,8 @@ class RWKV7(nn.Module):
         removal = offset("key_removal", lambda n: 0.71 - 0.1 * linear(n)).astype(x.dtype)
         heads = lambda y: y.reshape(B, T, H, K)
         kappa = heads(k * removal).astype(wide)
-        kappa = kappa / jnp.maximum(jnp.sqrt(jnp.sum(kappa * kappa, axis=-1, keepdims=True)), 1e-12)
+        # k / max(|k|, 1e-12), in the form whose gradient is finite at k = 0.
+        kappa = kappa * jax.lax.rsqrt(jnp.maximum(jnp.sum(kappa * kappa, axis=-1, keepdims=True), 1e-24))
         k = k * (1 + (a - 1) * offset("key_rate", lambda n: jnp.full(n, 1.02)).astype(x.dtype))
         hold = present[..., None]
         w_held = jnp.where(hold, heads(w), 0.0)  # padding leaves the state as it is
