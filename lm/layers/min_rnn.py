@@ -3,9 +3,8 @@
 Shape legend: B batch, T time, D embed_dim, C hidden width.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -13,7 +12,7 @@ from lm.core.types import Array, Aux, Context
 from lm.layers.conv import CausalConv
 from lm.layers.linear import Dense
 from lm.layers.local import over_shards
-from pallas_kernels.linear_scan.api import linear_scan
+from pallas_kernels.linear_scan import min_gru, min_lstm
 
 
 class MinRNNState(NamedTuple):
@@ -23,12 +22,7 @@ class MinRNNState(NamedTuple):
     shift: Array
 
 
-def positive(x: Array) -> Array:
-    """g(x): x + 0.5 for x >= 0, else sigmoid(x): continuous, positive, g(0) = 0.5 (Feng et al. 2024, appendix B)."""
-    return jnp.where(x >= 0, jnp.maximum(x, 0) + 0.5, jax.nn.sigmoid(jnp.minimum(x, 0)))
-
-
-HIDDEN_ACTIVATIONS = {"g": positive, "identity": lambda x: x, "tanh": jnp.tanh}
+HOLD = 1e4  # a gate's pre-activation at padding: its sigmoid is exactly 0 or 1, in float16 too
 
 
 class MinRNN(nn.Module):
@@ -49,7 +43,8 @@ class MinRNN(nn.Module):
     output_scale: float | None = None
     implementation: str | None = None
 
-    gates = ()
+    gates: ClassVar  # names, and what each is at padding
+    kind: ClassVar[str]
 
     def check(self, embed_dim: int) -> None:
         """Raises ValueError where the fields do not fit."""
@@ -76,18 +71,17 @@ class MinRNN(nn.Module):
         D, C, history = x.shape[-1], self.width(x.shape[-1]), state.shift
         if self.conv_width:
             x, history = CausalConv(self.conv_width, name="conv")(x, history, ctx)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        *gates, candidate = (Dense(C, ("embed", "mlp"), self.use_bias, name=name)(x).astype(wide)
-                             for name in (*self.gates, "candidate"))
-        keep, new = self.coefficients(*gates)
         present = ctx.weights[..., None] != 0
-        keep = jnp.where(present, keep, 1.0)  # padding changes nothing
-        new = jnp.where(present, new * HIDDEN_ACTIVATIONS[self.hidden_act](candidate), 0.0)
+        inputs = [Dense(C, ("embed", "mlp"), self.use_bias, name="candidate")(x)]
+        for name, hold in self.gates.items():
+            gate = Dense(C, ("embed", "mlp"), self.use_bias, name=name)(x)
+            inputs.append(jnp.where(present, gate, jnp.asarray(hold, gate.dtype)))  # padding changes nothing
+        rows = ("batch", None, "mlp")
         hidden, last = over_shards(
-            lambda a, b, h0, reset: linear_scan(a, b, h0, reset=reset, implementation=self.implementation),
-            (keep, new, state.hidden, ctx.reset),
-            (("batch", None, "mlp"), ("batch", None, "mlp"), ("batch", "mlp"), ("batch", None)),
-            (("batch", None, "mlp"), ("batch", "mlp")), (keep.shape, state.hidden.shape))
+            lambda h0, reset, *inputs: type(self).scan(*inputs, h0, reset=reset, activation=self.hidden_act,
+                                                       implementation=self.implementation),
+            (state.hidden, ctx.reset, *inputs), (("batch", "mlp"), ("batch", None), *[rows] * len(inputs)),
+            (rows, ("batch", "mlp")), (inputs[0].shape, state.hidden.shape))
         scale = 1.0 if self.output_scale is None else self.output_scale
         y = Dense(D, ("mlp", "embed"), self.use_bias, scale, name="out")(hidden.astype(x.dtype))
         return y, MinRNNState(last, history), {}
@@ -99,27 +93,17 @@ class MinGRU(MinRNN):
     The fields are those of `MinRNN`.
     """
 
-    gates = ("update",)
     kind = "min_gru"
-
-    @staticmethod
-    def coefficients(update: Array) -> tuple[Array, Array]:
-        """(weight of the state before, weight of the candidate)."""
-        return jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
+    gates: ClassVar = {"update": -HOLD}
+    scan = staticmethod(min_gru)
 
 
 class MinLSTM(MinRNN):
     """h_t = f h_{t-1} + i g(W x_t) with forget and input gates that sum to one (Feng et al. 2024, section 3.2).
 
-    f' = f / (f + i) of f = sigmoid(W_f x), i = sigmoid(W_i x) is sigmoid(log f - log i): no division by a small sum.
     The fields are those of `MinRNN`.
     """
 
-    gates = ("forget", "input")
     kind = "min_lstm"
-
-    @staticmethod
-    def coefficients(forget: Array, new: Array) -> tuple[Array, Array]:
-        """(weight of the state before, weight of the candidate)."""
-        delta = jax.nn.softplus(-forget) - jax.nn.softplus(-new)  # log i - log f
-        return jax.nn.sigmoid(-delta), jax.nn.sigmoid(delta)
+    gates: ClassVar = {"forget": HOLD, "input": -HOLD}
+    scan = staticmethod(min_lstm)

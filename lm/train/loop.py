@@ -76,7 +76,8 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
     start: changes a fresh state, e.g. to another run's parameters; not called when resuming. begun: called when the
     state is there, before anything is written: what does not fit the workdir's checkpoints has been refused by then, so
-    that nobody writes a config beside checkpoints of another. Call under `jax.set_mesh(mesh)`. Returns a code of `lm.train.exit_codes`.
+    that nobody writes a config beside checkpoints of another. Call under `jax.set_mesh(mesh)`. Returns a code of
+    `lm.train.exit_codes`.
     """
     workdir = epath.Path(workdir)
     index, count = data_shard(mesh, options.batch_size, options.seq_len)
