@@ -16,6 +16,9 @@ from pallas_kernels.testing import interpreted_tpu
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 sized = pytest.mark.parametrize("row,size", [pytest.param(row, size, id=f"{row.name}-{'x'.join(map(str, size))}")
                                              for row in ROWS for size in row.sizes])
+# The reference is XLA's own derivative of a loop that the numpy loop has checked: what it must hold besides can wait.
+implementations = pytest.mark.parametrize(
+    "implementation", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 
 # Largest error, as a fraction of the largest value of the float64 answer to the same (rounded) inputs. bfloat16
 # outputs are rounded once (2^-9) and gradients use the rounded ones that the forward saved.
@@ -103,6 +106,7 @@ def test_chunked_equals_reference(row, size):
         assert_close(compute(row, given, "chunked"), compute(row, given, "reference"), TOLERANCE["float64"])
 
 
+@pytest.mark.slow
 @rows
 def test_second_derivatives_of_chunked(row):
     """An inner gradient step differentiated by an outer one, as in test-time training."""
@@ -118,8 +122,8 @@ def test_second_derivatives_of_chunked(row):
 
 
 @rows
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@implementations
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_narrow_inputs(row, implementation, dtype):
     """Outputs and gradients have the dtypes of what they belong to, and the accumulation is not narrow."""
     given = inputs(row, row.sizes[0], dtype)
@@ -135,25 +139,26 @@ def test_narrow_inputs(row, implementation, dtype):
 
 
 @rows
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@implementations
 def test_pieces_equal_the_whole(row, implementation):
     """Prefill in pieces, then one step at a time: the state handed on is all that the past is."""
     if row.scan is None:
         pytest.skip("no recurrence")
     with jax.enable_x64(True):
         given = inputs(row, row.sizes[0])
-        whole = outputs(row, given, implementation)
+        run = jax.jit(lambda given: outputs(row, given, implementation))
+        whole = run(given)
         length = given[row.scan.time[0]].shape[1]
         state, pieces = given[row.scan.state], []
         for start, stop in [(0, 5), *((t, t + 1) for t in range(5, length))]:
             part = {name: given[name][:, start:stop] for name in row.scan.time}
-            *_, state = out = outputs(row, given | part | {row.scan.state: state}, implementation)
+            *_, state = out = run(given | part | {row.scan.state: state})
             pieces.append(out[0])
         assert_close((jnp.concatenate(pieces, axis=1), state), (whole[0], whole[-1]), 1e-12)
 
 
 @rows
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@implementations
 def test_reset_starts_a_document(row, implementation):
     """Nothing before a reset reaches what is after it, in values or gradients: whatever its size."""
     if row.scan is None or row.scan.reset is None:
@@ -170,7 +175,7 @@ def test_reset_starts_a_document(row, implementation):
 
 
 @rows
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@implementations
 def test_vmap_equals_loop(row, implementation):
     several = [inputs(row, row.sizes[0], "float32", seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
@@ -192,6 +197,7 @@ def test_kernel_equals_reference(row, kernel, size, dtype):
         assert_close(got[0][-1:], want[0][-1:], TOLERANCE["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row,kernel", [pytest.param(row, kernel, id=f"{row.name}-{kernel}")
                                         for row in ROWS for kernel in row.kernels])
 def test_kernel_under_vmap(row, kernel):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from rows_layers import EMBED_DIM, ROWS
+from rows_layers import EMBED_DIM, ROWS, SLOW
 
 from lm.adapters.lora import init_lora
 from lm.core.sharding import make_mesh, shardings, spec
@@ -19,7 +19,8 @@ from lm.layers.norm import RMSNorm
 from lm.layers.stack import Stack
 
 B, T, D = 3, 16, EMBED_DIM
-layers = pytest.mark.parametrize("layer", [layer for _, layer in ROWS], ids=[name for name, _ in ROWS])
+layers = pytest.mark.parametrize("layer", [
+    pytest.param(layer, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, layer in ROWS])
 
 
 def setup(layer, dtype=jnp.float32, seed=0):
@@ -172,10 +173,10 @@ def test_repeated_templates_get_distinct_weights(layer):
     params = nn.meta.unbox(stack.init(jax.random.key(0), x, stack.initial_state(1, D, x.dtype), context(1, 1)))
     block = params["params"]["pattern_0"]
     kernels = [leaf for leaf in jax.tree.leaves(block) if leaf.ndim == 3]
-    drawn = [leaf for leaf in kernels if float(leaf.std()) > 0]  # others start at one value by design
+    drawn = [leaf for leaf in kernels if bool(leaf.max() > leaf.min())]  # others start at one value by design
     assert drawn and all(bool((leaf[0] != leaf[1]).any()) for leaf in drawn)
     pairs = zip(jax.tree.leaves(block["first"]), jax.tree.leaves(block["second"]), strict=True)
-    assert all(bool((a != b).any()) for a, b in pairs if a.ndim == 3 and float(a.std()) > 0)
+    assert all(bool((a != b).any()) for a, b in pairs if a.ndim == 3 and bool(a.max() > a.min()))
 
 
 @layers

@@ -118,7 +118,7 @@ def test_what_was_given_is_not_changed():
     ("model.num_layers=None", "config.model.num_layers must be int; got None (NoneType)"),
     ("model.attention.num_heads=x", "config.model.attention.num_heads must be int | None; got 'x' (str)"),
     ("model.attention.kind=atention", "config.model.pattern names 'attention', and there is no layer of kind"),
-    ("model.attention=3", "config.model has no field 'attention'"),
+    ("model.attention=3", "config.model.attention must be a group of fields of that layer; got 3"),
     ("loss.nxt_token=1", "config.loss has no loss 'nxt_token'; did you mean 'next_token'?"),
     ("loss.chunk.x=1", "config.loss.chunk must be an int"),
     ("data.source=txt", "config.data.source has no kind 'txt'; did you mean 'text'?"),
