@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.wkv4.config import BITS, LANES, SUBLANES, TIME, Tiles
 from pallas_kernels.wkv4.reference import EMPTY
@@ -88,9 +89,13 @@ def decayed(w: Array, k: Array, p: Array) -> tuple[Array, Array, Array]:
     return jnp.exp2(p - top), jnp.exp2(k - top), top
 
 
+# jax 0.12 has it in pltpu and warns of the place where jax 0.10 has it.
+_reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
+
+
 def reciprocal(x: Array, dtype) -> Array:
     """1 / x for x in [1, 2^100]: the hardware's estimate and Newton steps, without the checks of a general division."""
-    y = pl.reciprocal(x, approx=True)
+    y = _reciprocal(x, approx=True)
     for _ in range(1 if dtype == jnp.bfloat16 else 2):
         y = y * (2 - x * y)
     return y

@@ -174,6 +174,7 @@ def test_reset_starts_a_document(row, implementation):
     np.testing.assert_array_equal(outputs(row, poisoned, implementation)[0][:, 6:], first)
 
 
+@pytest.mark.slow
 @rows
 @implementations
 def test_vmap_equals_loop(row, implementation):

@@ -111,6 +111,7 @@ def test_a_wrong_layer_does_not_pass(tmp_path, monkeypatch):
         test(**arguments)
 
 
+@pytest.mark.slow
 def test_the_new_layer_trains(tmp_path, monkeypatch):
     install("add-a-layer", LAYERS, tmp_path, monkeypatch)
     config = configs.resolve(set_config(only("add-a-layer", "model").code), [

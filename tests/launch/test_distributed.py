@@ -217,6 +217,7 @@ def test_a_taken_port_is_an_error(start):
     assert "another run use it? Take another port" in out, err
 
 
+@pytest.mark.slow
 def test_processes_that_stay_away_end_the_coordinator_with_a_hint(start):
     process = start(ALONE, 0, free_port())
     _, err = process.communicate(timeout=90)

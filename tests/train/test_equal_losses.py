@@ -37,6 +37,7 @@ def test_eight_devices_equal_one(mesh, optimizer):
     np.testing.assert_allclose(losses(optimizer=OPTIMIZERS[optimizer], mesh=MESHES[mesh]), alone(optimizer), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_tensor2",
                                   pytest.param("fsdp2_context2_tensor2", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one_in_float64(mesh):
@@ -56,7 +57,8 @@ def test_microbatches_on_a_mesh_equal_one_device():
 
 
 @pytest.mark.parametrize("optimizer", [
-    ADAMW, dict(ADAMW, name="muon", learning_rate=1e-3), pytest.param(SGD, marks=pytest.mark.slow),
+    ADAMW, pytest.param(dict(ADAMW, name="muon", learning_rate=1e-3), marks=pytest.mark.slow),
+    pytest.param(SGD, marks=pytest.mark.slow),
     pytest.param(dict(ADAMW, name="lion", learning_rate=1e-4), marks=pytest.mark.slow),
     pytest.param(dict(ADAMW, name="adafactor", learning_rate=1e-3), marks=pytest.mark.slow)], ids=lambda o: o["name"])
 def test_scan_equals_unrolled(optimizer):
