@@ -8,13 +8,15 @@ from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
 from lm.layers.rwkv4 import RWKV4
+from lm.layers.rwkv5 import RWKV5
+from lm.layers.rwkv6 import RWKV6
 from lm.layers.rwkv7 import RWKV7
 
 EMBED_DIM = 32
 
 # Variants that share almost all of their code with another row: under `-m slow`.
 SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "channel_mix_5", "channel_mix_6",
-        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "rwkv4_wide"}
+        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "rwkv4_wide", "rwkv5"}
 
 ROWS = [
     ("attention", Attention(num_heads=4)),
@@ -33,6 +35,8 @@ ROWS = [
     ("mlp_swiglu", MLP(activation="swiglu")),
     ("rwkv4", RWKV4()),
     ("rwkv4_wide", RWKV4(attention_dim=48)),
+    ("rwkv5", RWKV5(head_dim=8)),
+    ("rwkv6", RWKV6(head_dim=8, mix_rank=4, decay_rank=6)),
     ("rwkv7", RWKV7(head_dim=8, value_residual=False)),
     ("mlp_relu2", MLP(activation="relu2", use_bias=True, mlp_dim=48)),
 ]

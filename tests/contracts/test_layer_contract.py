@@ -3,6 +3,8 @@
 Shapes: B batch, T time, D embed_dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +25,25 @@ layers = pytest.mark.parametrize("layer", [
     pytest.param(layer, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, layer in ROWS])
 
 
+@functools.cache
+def compiled(layer):
+    """layer.apply, compiled once a layer and shape for all the tests of this process."""
+    return jax.jit(layer.apply)
+
+
+@functools.cache
 def setup(layer, dtype=jnp.float32, seed=0):
     """(variables, input) with every parameter moved off zero, so that nothing hides behind a zero initialiser."""
-    x = jax.random.normal(jax.random.key(seed), (B, T, D), dtype)
-    boxed = layer.init(jax.random.key(seed + 1), x, layer.initial_state(B, D, dtype), context(B, T))
-    leaves, treedef = jax.tree.flatten(nn.meta.unbox(boxed))
-    keys = jax.random.split(jax.random.key(seed + 2), len(leaves) + 1)
-    return jax.tree.unflatten(treedef, [a + 0.05 * jax.random.normal(k, a.shape, a.dtype)
-                                        for a, k in zip(leaves, keys, strict=False)]), x
+    @jax.jit
+    def draw():
+        x = jax.random.normal(jax.random.key(seed), (B, T, D), dtype)
+        boxed = layer.init(jax.random.key(seed + 1), x, layer.initial_state(B, D, dtype), context(B, T))
+        leaves, treedef = jax.tree.flatten(nn.meta.unbox(boxed))
+        keys = jax.random.split(jax.random.key(seed + 2), len(leaves))
+        return jax.tree.unflatten(treedef, [a + 0.05 * jax.random.normal(k, a.shape, a.dtype)
+                                            for a, k in zip(leaves, keys, strict=True)]), x
+
+    return draw()
 
 
 def part(ctx: Context, start: int, stop: int) -> Context:
@@ -41,9 +54,8 @@ def part(ctx: Context, start: int, stop: int) -> Context:
 def run_in_pieces(layer, variables, x, ctx, cuts):
     """Output and final state of the layer fed piece by piece, as prefill and decoding feed it."""
     state, outs = layer.initial_state(B, D, x.dtype, capacity=T), []
-    apply = jax.jit(layer.apply)
     for start, stop in zip([0, *cuts], [*cuts, T], strict=True):
-        y, state, _ = apply(variables, x[:, start:stop], state, part(ctx, start, stop))
+        y, state, _ = compiled(layer)(variables, x[:, start:stop], state, part(ctx, start, stop))
         outs.append(y)
     return jnp.concatenate(outs, axis=1), state
 
@@ -63,29 +75,30 @@ def test_every_layer_has_a_row():
 @layers
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shape_and_dtype(layer, dtype):
-    variables, x = setup(layer, dtype)
-    y, state, _ = layer.apply(variables, x, layer.initial_state(B, D, dtype), context(B, T))
+    variables, x = jax.eval_shape(lambda: setup.__wrapped__(layer, dtype))
+    before = layer.initial_state(B, D, dtype)
+    y, state, _ = jax.eval_shape(layer.apply, variables, x, before, context(B, T))
     assert y.shape == x.shape and y.dtype == dtype
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) \
-        == jax.tree.map(lambda a: (a.shape, a.dtype), layer.initial_state(B, D, dtype))
+        == jax.tree.map(lambda a: (a.shape, a.dtype), before)
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(variables))
 
 
 @layers
 def test_causal(layer):
     variables, x = setup(layer)
-    run = lambda x: layer.apply(variables, x, layer.initial_state(B, D, x.dtype), context(B, T))[0]
+    run = lambda x: compiled(layer)(variables, x, layer.initial_state(B, D, x.dtype), context(B, T))[0]
     before, after = run(x), run(x.at[:, 7:].add(1.0))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before - after)[:, 7:].max(axis=-1).min() > 1e-4
 
 
 @layers
-@pytest.mark.parametrize("cuts", [(5,), (1, 2, 9, 13), tuple(range(1, T))], ids=["two", "uneven", "one_by_one"])
+@pytest.mark.parametrize("cuts", [(1, 2, 7, 12), tuple(range(1, T))], ids=["uneven", "one_by_one"])
 def test_step_by_step_equals_parallel(layer, cuts):
     variables, x = setup(layer)
     ctx = documents(6)
-    whole, _, _ = layer.apply(variables, x, layer.initial_state(B, D, x.dtype), ctx)
+    whole, _, _ = compiled(layer)(variables, x, layer.initial_state(B, D, x.dtype), ctx)
     pieces, _ = run_in_pieces(layer, variables, x, ctx, cuts)
     np.testing.assert_allclose(pieces, whole, rtol=1e-5, atol=1e-5)
 
@@ -93,10 +106,11 @@ def test_step_by_step_equals_parallel(layer, cuts):
 @layers
 def test_packed_equals_separate(layer):
     variables, x = setup(layer)
-    run = lambda x, ctx: layer.apply(variables, x, layer.initial_state(B, D, x.dtype), ctx)[0]
+    run = lambda x, ctx: compiled(layer)(variables, x, layer.initial_state(len(x), D, x.dtype), ctx)[0]
     packed = run(x, documents(6, 11))
     for start, stop in ((0, 6), (6, 11), (11, T)):
-        alone = run(x[:, start:stop], context(B, stop - start))
+        # At full length, so that one compilation serves all: what follows a document does not reach it (test_causal).
+        alone = run(jnp.roll(x, -start, axis=1), context(B, T))[:, :stop - start]
         np.testing.assert_allclose(packed[:, start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -108,15 +122,17 @@ def test_padding_changes_no_state(layer):
     weights = jnp.arange(padded)[None] < lengths[:, None]
     ctx = context(B, padded)._replace(weights=weights)
     noisy = jnp.where(weights[..., None], x[:, :padded], 1e3)
-    _, state, _ = layer.apply(variables, noisy, layer.initial_state(B, D, x.dtype, capacity=32), ctx)
+    _, state, _ = compiled(layer)(variables, noisy, layer.initial_state(B, D, x.dtype, capacity=32), ctx)
     tail = jax.random.normal(jax.random.key(9), (B, more, D))
     following = context(B, more)._replace(reset=jnp.zeros((B, more), bool),
                                           positions=jnp.asarray(lengths)[:, None] + jnp.arange(more))
-    y, _, _ = layer.apply(variables, tail, state, following)
+    y, _, _ = compiled(layer)(variables, tail, state, following)
+    alone = x
     for row, n in enumerate(lengths):
-        alone = jnp.concatenate([x[row:row + 1, :n], tail[row:row + 1]], axis=1)
-        want, _, _ = layer.apply(variables, alone, layer.initial_state(1, D, x.dtype), context(1, n + more))
-        np.testing.assert_allclose(y[row], want[0, n:], rtol=1e-5, atol=1e-5)
+        alone = alone.at[row, n:n + more].set(tail[row])
+    want, _, _ = compiled(layer)(variables, alone, layer.initial_state(B, D, x.dtype), context(B, T))
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(y[row], want[row, n:n + more], rtol=1e-5, atol=1e-5)
 
 
 @layers
@@ -133,15 +149,16 @@ def test_float32_state_under_bfloat16(layer):
 def test_finite_gradients(layer):
     variables, x = setup(layer)
 
-    def loss(variables, x):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(variables, x):
         return jnp.sum(jnp.square(layer.apply(variables, x, layer.initial_state(B, D, x.dtype), documents(6))[0]))
 
-    for scale in (1.0, 1e4, 0.0):
-        grads = jax.grad(loss, argnums=(0, 1))(variables, scale * x)
+    for scale in (1e4, 0.0, 1.0):
+        grads = gradients(variables, scale * x)
         assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
-    grads = jax.grad(loss)(variables, x)
     # A bias before a softmax over keys cancels: its gradient is zero by construction.
-    flat = {jax.tree_util.keystr(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+    flat = {jax.tree_util.keystr(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads[0])}
     assert all(float(jnp.abs(g).max()) > 0 for name, g in flat.items() if "'key']['bias" not in name)
 
 
@@ -155,6 +172,7 @@ def test_vmap_over_adapters(layer):
         loras.append(jax.tree.map(lambda a, i=i: a + 0.1 * jax.random.normal(jax.random.key(50 + i), a.shape), lora))
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *loras)
 
+    @jax.jit
     def one(lora, row):
         state = layer.initial_state(1, D, row.dtype)
         return layer.apply({**variables, "lora": lora}, row[None], state, context(1, T))[0][0]
@@ -162,7 +180,7 @@ def test_vmap_over_adapters(layer):
     together = jax.vmap(one)(stacked, x)
     for i in range(B):
         np.testing.assert_allclose(together[i], one(loras[i], x[i]), rtol=1e-5, atol=1e-5)
-    assert float(jnp.abs(together - layer.apply(variables, x, layer.initial_state(B, D, x.dtype),
+    assert float(jnp.abs(together - compiled(layer)(variables, x, layer.initial_state(B, D, x.dtype),
                                                 context(B, T))[0]).max()) > 1e-4
 
 
@@ -170,7 +188,8 @@ def test_vmap_over_adapters(layer):
 def test_repeated_templates_get_distinct_weights(layer):
     stack = Stack(prefix=(), pattern=(Block((layer, layer), ("first", "second"), RMSNorm()),), repeats=2)
     x = jnp.zeros((1, 1, D))
-    params = nn.meta.unbox(stack.init(jax.random.key(0), x, stack.initial_state(1, D, x.dtype), context(1, 1)))
+    params = nn.meta.unbox(jax.jit(stack.init)(jax.random.key(0), x, stack.initial_state(1, D, x.dtype),
+                                               context(1, 1)))
     block = params["params"]["pattern_0"]
     kernels = [leaf for leaf in jax.tree.leaves(block) if leaf.ndim == 3]
     drawn = [leaf for leaf in kernels if bool(leaf.max() > leaf.min())]  # others start at one value by design
@@ -182,7 +201,7 @@ def test_repeated_templates_get_distinct_weights(layer):
 @layers
 def test_every_parameter_names_its_axes(layer):
     x = jnp.zeros((1, 1, D))
-    boxed = layer.init(jax.random.key(0), x, layer.initial_state(1, D, x.dtype), context(1, 1))
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x, layer.initial_state(1, D, x.dtype), context(1, 1))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda a: isinstance(a, nn.LogicallyPartitioned))
     assert leaves and all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in leaves)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -202,7 +221,7 @@ def test_same_on_eight_devices(layer):
     def run(variables, x):
         return layer.apply(variables, x, layer.initial_state(4, D, x.dtype), ctx)[0]
 
-    alone = run(variables, x)
+    alone = jax.jit(run)(variables, x)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, layer.initial_state(4, D, x.dtype), ctx))
     with jax.set_mesh(mesh):

@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_the_data_package_works_where_jax_cannot_be_imported():
-    modules = [f"lm.data.{p.stem}" for p in sorted((ROOT / "lm/data").glob("*.py")) if p.stem != "__init__"]
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted((ROOT / "lm/data").rglob("*.py"))
+               if p.stem != "__init__"]
     # grain itself imports jax where there is one, so its absence is what shows that we do not need it.
     code = f"""
 import importlib, sys
