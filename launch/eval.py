@@ -80,6 +80,7 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace) -> dic
     if not args.only_sets and corpora.validation:
         from lm.data.loader import build_dataset
         datasets[VALIDATION] = build_dataset(data, split="validation", corpora=corpora, **size)
+        datasets |= datasets[VALIDATION].slices()
     datasets |= {name: load_text(path, data, run.tokenizer, **size) for name, path in paths.items()}
     if not datasets:
         raise ValueError("there is nothing to evaluate: the run has no validation split and no sets; give "
@@ -88,6 +89,7 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace) -> dic
     sets = {name: set_of(dataset, limit) for name, dataset in datasets.items()}
     with jax.set_mesh(run.mesh):
         metrics = evaluate([Perplexity(sets)], run.apply, run.params)
+    baseline = baseline and all(given.token_bytes is not None for given in sets.values())
     return {**metrics, **(bigram(data, corpora, sets, size, run.config.train.seed) if baseline else {})}
 
 

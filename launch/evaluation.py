@@ -40,6 +40,7 @@ class Evaluation:
         datasets = {}
         if prepared.corpora.validation:
             datasets[VALIDATION] = build_dataset(self._data, split="validation", corpora=prepared.corpora, **size)
+            datasets |= datasets[VALIDATION].slices()
         for name, path in self._options.sets.items():
             datasets[name] = load_text(path, self._data, prepared.corpora.tokenizer, **size)
         self._sets = {name: set_of(dataset, self._options.batches, process_index=index, process_count=count)
@@ -54,14 +55,16 @@ class Evaluation:
 
     def __call__(self, params: Params, step: int, note: Callable[[str], None]) -> dict[str, float]:
         """Metrics of this step, `eval/<set>/...`; prints a line a set, and the samples."""
-        if not self.baselines and self._options.baseline and VALIDATION in self._whole:
-            given = self._whole[VALIDATION]
+        given = self._whole.get(VALIDATION)
+        if not self.baselines and self._options.baseline and given is not None and given.token_bytes is not None:
             score = fit_bigram(self._prepared.train_set).score(given.batches(), given.token_bytes)
             self.baselines[BASELINE] = score.bits_per_byte
         metrics = evaluate(self._evaluators, self._apply, params)
         for name, values in by_set(metrics).items():
             line = f"step {step}: {name} loss {values['loss']:.4f}"
-            if "bits_per_byte" in values:
+            if "bits_per_byte" not in values:
+                line += f", accuracy {values['accuracy']:.4f}"
+            else:
                 line += f", {values['bits_per_byte']:.3f} bits per byte"
                 if name == VALIDATION and self.baselines:
                     line += f" (bigram of the training split: {self.baselines[BASELINE]:.3f})"

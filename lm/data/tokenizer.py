@@ -84,7 +84,7 @@ class Bytes:
 
 _KINDS = {"bytes": "lm.data.tokenizer:Bytes", "tokenizers": "lm.data.huggingface:HuggingFace",
           "sentencepiece": "lm.data.piece:SentencePiece", "tiktoken": "lm.data.ranks:Tiktoken",
-          "rwkv_world": "lm.data.rwkv_world:RwkvWorld"}
+          "rwkv_world": "lm.data.rwkv_world:RwkvWorld", "ids": "lm.data.synthetic.ids:Ids"}
 
 
 def build_tokenizer(spec: str | Mapping[str, Any] | None, where: str = "config.data.tokenizer") -> Tokenizer:
