@@ -5,6 +5,8 @@ from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
 from lm.layers.rwkv4 import RWKV4
+from lm.layers.rwkv5 import RWKV5
+from lm.layers.rwkv6 import RWKV6
 from lm.layers.rwkv7 import RWKV7
 
 LAYERS = {
@@ -14,5 +16,7 @@ LAYERS = {
     "min_lstm": MinLSTM,
     "mlp": MLP,
     "rwkv4": RWKV4,
+    "rwkv5": RWKV5,
+    "rwkv6": RWKV6,
     "rwkv7": RWKV7,
 }

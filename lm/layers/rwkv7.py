@@ -141,7 +141,7 @@ class RWKV7(nn.Module):
             lambda *arrays: wkv7(*arrays, implementation=self.implementation),
             (heads(r), w_held, jnp.where(hold, heads(k), 0), heads(v), -kappa, kappa * heads(a), state.wkv, ctx.reset),
             (split,) * 6 + (per_state, ("batch", None)), (split, per_state), ((B, T, H, K), state.wkv.shape))
-        y = HeadNorm(name="norm")(y)
+        y = HeadNorm(name="norm")(y, rwkv_init.norm_scale(ctx.shared))
         start = nn.with_logical_partitioning(nn.initializers.constant(-0.04), ("heads", None))
         bonus = self.param("bonus", start, (H, K))
         now = jnp.sum(heads(r).astype(wide) * heads(k) * bonus, axis=-1, keepdims=True) * heads(v)

@@ -61,6 +61,27 @@ def orthogonal(gain: float) -> Init:
     return init
 
 
+def uniform(bound: float) -> Init:
+    """Uniform between -bound and bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def eagle_decay(r01: Array) -> Init:
+    """-6 + 5 (n / (C - 1))^(0.7 + 1.3 r01): the raw decay of RWKV-5 and 6."""
+    return table(lambda n: -6 + 5 * slope(n) ** (0.7 + 1.3 * r01))
+
+
+def eagle_bonus(r01: Array) -> Init:
+    """r01 (1 - n / (C - 1)) + 0.1 zigzag: the bonus of the present token of RWKV-5 and 6."""
+    return table(lambda n: r01 * (1 - slope(n)) + 0.1 * zigzag(n))
+
+
+def norm_scale(shared: Mapping[str, Any]) -> Array:
+    """((l + 1) / L)^0.7: scale of the norm of the heads of RWKV-5, 6 and 7."""
+    depth = jnp.asarray(shared["depth"], jnp.float32)
+    return ((depth + 1) / jnp.asarray(shared["num_layers"], jnp.float32)) ** 0.7
+
+
 ZEROS = nn.initializers.zeros
 
 

@@ -1,7 +1,5 @@
 """Real RWKV weights give the logits that the reference implementation gave for them."""
 
-import struct
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,51 +7,35 @@ import pytest
 from flax import linen as nn
 
 from lm.models.build import abstract_params, build_model, make_apply
-from lm.models.convert.blinkdl import from_blinkdl, model_config
+from lm.models.convert.blinkdl import from_blinkdl, join_mixes, layout, model_config, version_of
+from lm.models.convert.ggmf import NORM_EPS, read_ggmf
+from lm.models.convert.names import to_names
 
 PROMPT = b'"in'
 
 
-def read_ggmf(path):
-    """{name: array} of an rwkv.cpp file in float32: a header of six int32, then tensors with reversed shapes."""
-    data = path.read_bytes()
-    assert data[:4] == b"fmgg"
-    at, tensors = 24, {}
-    while at < len(data):
-        dims, length, dtype = struct.unpack_from("<3i", data, at)
-        assert dtype == 0
-        shape = struct.unpack_from(f"<{dims}i", data, at + 12)[::-1]
-        at += 12 + 4 * dims
-        name = data[at:at + length].decode()
-        at += length
-        count = int(np.prod(shape))
-        tensors[name] = np.frombuffer(data, "<f4", count, at).reshape(shape)
-        at += 4 * count
-    return tensors
-
-
 def tensors_of(folder, version):
     (path,) = folder.glob(f"rwkv_tiny/tiny-rwkv-{version}-*.bin")
-    tensors = read_ggmf(path)
-    for name in [n for n in tensors if n.endswith("x_rwkvag")]:  # the format joins these, and transposes the low ranks
-        for letter, row in zip("rwkvag", tensors.pop(name), strict=True):
-            tensors[name.replace("x_rwkvag", f"x_{letter}")] = row
-    tensors = {n: a.T if n[-2:] in {f"{x}{i}" for x in "wavg" for i in (1, 2)} else a for n, a in tensors.items()}
-    if version == "4v0":  # this format keeps the decay as -exp(time_decay)
-        tensors = {n: np.log(-a) if n.endswith("time_decay") else a for n, a in tensors.items()}
-    return tensors
+    return read_ggmf(path)
 
 
-@pytest.mark.parametrize("version", ["4v0", "7v0"])
+def config_of(tensors):
+    made = model_config(tensors) | {"dtype": "float32"}
+    if "rwkv5" in made:
+        made["rwkv5"] |= {"norm_eps": NORM_EPS}
+    return made
+
+
+@pytest.mark.parametrize("version", ["4v0", "5v2", "7v0"])
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["parallel", "one_by_one"])
 def test_logits_of_real_weights(shared_data, version, one_by_one):
     tensors = tensors_of(shared_data, version)
     want = np.frombuffer(next(shared_data.glob(f"rwkv_tiny/expected-logits-{version}-*.bin")).read_bytes(), "<f4")
-    model = build_model(model_config(tensors) | {"dtype": "float32"}, 256)
-    params = jax.tree.map(jnp.asarray, from_blinkdl(tensors, model.padded_vocab))
+    model = build_model(config_of(tensors), 256)
+    params = jax.tree.map(jnp.asarray, from_blinkdl(tensors, model))
     expected = nn.meta.unbox(abstract_params(model))
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, expected)
-    tokens, apply = jnp.asarray([list(PROMPT)]), make_apply(model)
+    tokens, apply = jnp.asarray([list(PROMPT)]), jax.jit(make_apply(model))
     state = model.initial_state(1, capacity=8)
     for piece in (jnp.split(tokens, 3, axis=1) if one_by_one else [tokens]):
         out = apply(params, piece, state)
@@ -62,13 +44,44 @@ def test_logits_of_real_weights(shared_data, version, one_by_one):
     np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("version", [pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow),
+                                     6, 7])
+def test_names_there_and_back(version):
+    """Every parameter of a model has a name of BlinkDL's, and comes back bit by bit."""
+    width, hidden = 16, dict(version=version, mlp_dim=32)
+    fields = {4: {}, 5: dict(head_dim=8), 6: dict(head_dim=8, mix_rank=3, decay_rank=5),
+              7: dict(head_dim=8, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6)}[version]
+    config = dict(embed_dim=width, num_layers=3, vocab_size=20, tie_embeddings=False, norm="layer", embed_norm=True,
+                  channel_mix=hidden, pattern=(f"rwkv{version}/channel_mix",)) | {f"rwkv{version}": fields}
+    if version == 7:
+        config |= dict(prefix=("rwkv7_first/channel_mix",),
+                       rwkv7_first=dict(kind="rwkv7", value_residual=False, **fields))
+    model, rng = build_model(config, 20), np.random.default_rng(0)
+    shapes = nn.meta.unbox(abstract_params(model))
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes)
+    names = join_mixes(to_names(layout(version, 3, 8), params, model.vocab_size))
+    assert version_of(names) == version
+    again = build_model(model_config(names), 20)
+    back = to_names(layout(version, 3, 8), from_blinkdl(names, again), 20)
+    back = join_mixes(back)
+    assert set(back) == set(names)
+    for name in names:
+        np.testing.assert_array_equal(back[name], names[name], err_msg=name)
+    if version == 6:
+        assert names["blocks.1.att.time_maa_w2"].shape == (5, 3, width)
+        assert names["blocks.1.att.time_decay"].shape == (1, 1, width)
+        assert names["blocks.1.att.time_faaaa"].shape == (2, 8)
+
+
 def test_foreign_and_incomplete_weights_are_refused(shared_data):
     tensors = tensors_of(shared_data, "4v0")
     model = build_model(model_config(tensors), 256)
     less = {n: a for n, a in tensors.items() if n != "blocks.1.ffn.key.weight"}
-    with pytest.raises(ValueError, match=r"missing \['blocks\.1\.ffn\.key\.weight'\]"):
-        from_blinkdl(less, model.padded_vocab)
-    with pytest.raises(ValueError, match=r"not understood \['blocks\.0\.att\.gate'\]"):
-        from_blinkdl(tensors | {"blocks.0.att.gate": np.zeros(3)}, model.padded_vocab)
+    with pytest.raises(ValueError, match=r"missing blocks\.1\.ffn\.key\.weight; not understood nothing"):
+        from_blinkdl(less, model)
+    with pytest.raises(ValueError, match=r"missing nothing; not understood blocks\.0\.att\.gate;"):
+        from_blinkdl(tensors | {"blocks.0.att.gate": np.zeros(3)}, model)
+    with pytest.raises(ValueError, match=r"of another shape blocks\.2\.ffn\.value\.weight \[3, 5\]"):
+        from_blinkdl(tensors | {"blocks.2.ffn.value.weight": np.zeros((3, 5))}, model)
     with pytest.raises(ValueError, match="no RWKV version known here"):
-        from_blinkdl({"lm_head.weight": np.zeros((3, 3))}, 128)
+        from_blinkdl({"lm_head.weight": np.zeros((3, 3))}, model)
