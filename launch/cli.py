@@ -100,6 +100,8 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
         what = "flag" if unknown[0].startswith("-") else "argument"
         near = did_you_mean(unknown[0].partition("=")[0], flags) or f"; `lm {command} --help` lists them"
         raise UsageError(f"unknown {what} {unknown[0]!r}{near}")
+    if args.workdir is not None:
+        args.workdir = os.path.expanduser(args.workdir)  # the shell leaves --workdir=~/runs as it is
     args.overrides = overrides
     return args
 

@@ -51,6 +51,8 @@ def main(args: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2^32 - 1; got {args.seed}")
     from lm.generate.sampling import SamplingOptions
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     options.check()

@@ -1,5 +1,6 @@
 """From what a user names (file, folder, glob, something inside a package) to a list of files, local or gs://."""
 
+import codecs
 import contextlib
 import fnmatch
 import gzip
@@ -47,6 +48,10 @@ def find_files(path: str, suffixes: tuple[str, ...], *, package: str | None = No
     """Files in sorted order: the file itself, what a glob matches, or everything under a folder that ends in one of
     `suffixes`. Raises ValueError where nothing is found."""
     whole = package_folder(package) / path if package else epath.Path(path).expanduser()
+    try:
+        whole.exists()
+    except ImportError as error:
+        raise ValueError(f"data path {str(whole)!r}: {error}; pip install gcsfs (gs://) or s3fs (s3://)") from None
     parts = whole.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in _GLOB)), None)
     if first is not None and not whole.exists():
@@ -81,14 +86,15 @@ def open_binary(path: epath.Path) -> Iterator[BinaryIO]:
 
 
 def read_text(path: epath.Path) -> str:
-    """The whole file as UTF-8. Raises ValueError for bytes that are not, naming the first of them."""
+    """The whole file as UTF-8, without the mark that some editors put first. Raises ValueError for bytes that are
+    not, naming the first of them."""
     try:
         with open_binary(path) as file:
             data = file.read()
     except (gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again, or rename it") from None
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(str(path), error) from None
 
@@ -99,6 +105,7 @@ def read_lines(path: epath.Path) -> Iterator[tuple[int, str]]:
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:

@@ -18,8 +18,8 @@ def validation_mask(content: np.ndarray, fraction: float, seed: int) -> np.ndarr
         return np.zeros(len(content), bool)
     if len(content) < 2:
         raise ValueError(f"{len(content)} document cannot be divided into training and validation; divide the text "
-                         f"with data.separator or data.max_document_chars, give data.validation=dict(source=..., "
-                         f"path=...), or set data.validation_fraction=0")
+                         f"with data.separator or data.max_document_chars (prepared data: when it is prepared), give "
+                         f"data.validation=dict(source=..., path=...), or set data.validation_fraction=0")
     draw = uniform(content, "split", seed)
     mask = draw < fraction
     if not mask.any():

@@ -19,7 +19,8 @@ CHUNK = "chunk"  # the one option that belongs to the objective, not to a loss
 
 
 def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The complete `loss` group; raises ValueError for unknown losses, options or types, and for an empty sum."""
+    """The complete `loss` group; raises ValueError for unknown losses, options or types, and for a sum that is empty
+    or whose weights are all 0."""
     out: dict[str, Any] = {}
     for name, value in given.items():
         if name == CHUNK:
@@ -35,6 +36,11 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
         if given and set(given) != {CHUNK}:
             raise ValueError("config.loss needs at least one loss, e.g. dict(next_token=1.0)")
         out = {"next_token": 1.0, **out}
+    weights = {name: value["weight"] if isinstance(value, Mapping) else value
+               for name, value in out.items() if name != CHUNK}
+    if not any(weights.values()):
+        raise ValueError(f"config.loss: every weight is 0 ({', '.join(weights)}), so nothing would be learned; give at "
+                         f"least one loss a weight")
     return {**out, CHUNK: out.get(CHUNK)}
 
 

@@ -6,6 +6,7 @@ folder and renames it when everything is there, so that a half-written checkpoin
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,6 +102,12 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
+    def remove_if_empty(self) -> None:
+        """A run that was refused before its first save leaves no folder behind. Object stores have no empty ones."""
+        if "://" not in os.fspath(self._folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
+
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Iterator[Checkpoints]:
@@ -110,6 +117,7 @@ def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Ite
         yield checkpoints
     finally:
         checkpoints.close()
+        checkpoints.remove_if_empty()
 
 
 def saved_shapes(path: epath.Path) -> Any:

@@ -94,6 +94,5 @@ def take_over(params: Any, other: Any) -> tuple[Any, Report]:
     used = {entry.split(" ")[0] for entry in (*report.taken, *report.mismatched)}
     report = report._replace(unused=[name for name in report.unused if name not in used])
     if not report.taken:
-        raise ValueError(f"no parameter of the other run fits this model; it has {', '.join(sorted(values)[:6])} and "
-                         f"this one {', '.join(sorted(names)[:6])}")
+        raise ValueError(f"no parameter of the other run fits this model; give a run of the same widths\n{report}")
     return out, report

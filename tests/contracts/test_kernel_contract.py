@@ -195,7 +195,7 @@ def test_kernel_equals_reference(row, kernel, size, dtype):
     assert_close(got, want, TOLERANCE[dtype])
     if row.scan:
         assert got[0][-1].dtype == np.float32
-        # Products of bfloat16 inputs with the float32 state may take three passes of the matrix unit, each good to 2^-17.
+        # Products with the float32 state may take three passes of a matrix unit for bfloat16, which are good to 2^-17.
         assert_close(got[0][-1:], want[0][-1:], TOLERANCE["float32"] if dtype == "float32" else 2e-5)
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from etils import epath
 
 from lm.core.fields import build
 from lm.data.options import DataOptions, SourceOptions
@@ -105,6 +106,21 @@ def test_what_is_missing_empty_or_no_text(folder):
     (folder / "a.txt").write_bytes(b"abc\xe9def")
     fails(r"a\.txt is not UTF-8: byte 0xe9 at offset 3; convert", source="text", path=str(folder / "a.txt"))
     fails("no package 'no_such_package_here' is installed", source="text", path="x", package="no_such_package_here")
+
+
+def test_the_mark_that_editors_put_first_is_no_text(folder):
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfabc\n")
+    assert read(source="text", path=str(folder / "a.txt")) == ["abc\n"]
+    (folder / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n')
+    assert read(source="jsonl", path=str(folder / "a.jsonl")) == ["abc"]
+
+
+def test_a_bucket_without_its_client_says_what_to_install(monkeypatch):
+    def missing(self):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/text")), "exists", missing)
+    fails(r"gs://bucket/text': Please install gcsfs; pip install gcsfs", source="text", path="gs://bucket/text")
 
 
 def test_package_corpora_are_read_without_importing_the_package():

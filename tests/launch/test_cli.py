@@ -73,6 +73,14 @@ def test_a_command_gets_the_shared_flags_its_own_and_the_overrides(command):
     assert args.overrides == [("train.steps", "5"), ("loss.z_loss", "1")]
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(command, monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", "/somewhere")
+    command(lambda args: seen.append(args.workdir))
+    assert cli.main(["probe", "--workdir=~/runs"]) == 0
+    assert seen == ["/somewhere/runs"]
+
+
 def test_a_command_may_define_a_shared_flag_its_own_way(command):
     seen = []
     command(lambda args: seen.append(args.workdir), lambda parser: parser.add_argument("--workdir", default="here"))

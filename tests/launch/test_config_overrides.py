@@ -121,6 +121,7 @@ def test_what_was_given_is_not_changed():
     ("model.attention=3", "config.model.attention must be a group of fields of that layer; got 3"),
     ("loss.nxt_token=1", "config.loss has no loss 'nxt_token'; did you mean 'next_token'?"),
     ("loss.chunk.x=1", "config.loss.chunk must be an int"),
+    ("loss.next_token=0", "config.loss: every weight is 0 (next_token), so nothing would be learned"),
     ("data.source=txt", "config.data.source has no kind 'txt'; did you mean 'text'?"),
 ])
 def test_mistakes_are_one_line_that_names_what_is_near(override, message):

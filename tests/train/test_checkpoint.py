@@ -100,6 +100,12 @@ def test_what_is_not_there_is_named(recipe, mesh, tmp_path):
         restore_params(tmp_path, None, 7)
 
 
+def test_no_empty_folder_stays_behind(tmp_path):
+    with open_checkpoints(tmp_path / "run", CheckpointOptions()):
+        pass
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name_and_in_one_line(recipe, mesh, tmp_path):
     save_all(tmp_path, recipe, mesh, CheckpointOptions(), [None])
     wider = make_recipe(build_model({**MODEL, "embed_dim": 64}, VOCAB), dict(ADAMW, ema_decay=0.9)).abstract(mesh)

@@ -45,6 +45,9 @@ def test_shapes_that_differ_start_fresh_and_are_named():
 def test_nothing_in_common_is_an_error():
     with pytest.raises(ValueError, match="no parameter of the other run fits"):
         take_over(params(0), {"params": {"other": np.zeros(3)}})
+    narrow = {"stack": {"prefix_0": {"mlp": {"up": {"kernel": np.zeros((8, 24))}}}}}
+    with pytest.raises(ValueError, match=r"stack/layer_0/mlp/up/kernel \(8, 24\) -> \(16, 24\)"):
+        take_over(params(0), narrow)
 
 
 def test_every_layer_has_its_own_name():
