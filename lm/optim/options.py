@@ -8,7 +8,7 @@ from typing import Any
 from lm.core.fields import check_known, conform, option, type_name
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
-SCHEDULES = ("cosine", "wsd", "constant", "inverse_sqrt")
+SCHEDULES = ("cosine", "wsd", "exponential", "constant", "inverse_sqrt")
 STATE_DTYPES = ("float32", "bfloat16")
 NEWTON_SCHULZ = ("standard", "gram")
 
@@ -33,9 +33,13 @@ class OptimizerOptions:
     learning_rate: float = option(1e-3, "peak learning rate, reached at the end of the warm-up")
     schedule: str = option("cosine", f"shape after the warm-up: {', '.join(SCHEDULES)}")
     warmup_steps: int | None = option(None, "steps of linear warm-up; None: 5% of all steps, at most 1000")
-    decay_steps: int | None = option(None, "wsd: length of the final linear decay in steps; None: by decay_fraction")
+    warmup_start: float = option(0.0, "learning rate of the first step as a fraction of the peak, from which the "
+                                      "warm-up rises; 0: one step's share")
+    decay_steps: int | None = option(None, "wsd, exponential: length of the final decay in steps; None: by "
+                                           "decay_fraction for wsd, all after the warm-up for exponential")
     decay_fraction: float = option(0.2, "wsd: length of the final decay as a fraction of all steps")
-    final_fraction: float = option(0.1, "cosine and wsd: last learning rate as a fraction of the peak")
+    final_fraction: float = option(0.1, "cosine, wsd, exponential: last learning rate as a "
+                                         "fraction of the peak")
     b1: float | None = option(None, "decay of the first moment; None: 0.9")
     b2: float | None = option(None, "decay of the second moment (lion: of its momentum); None: 0.95, lion 0.99")
     eps: float = option(1e-8, "adamw: added to the root of the second moment")
@@ -68,6 +72,9 @@ class OptimizerOptions:
         known(self.state_dtype, STATE_DTYPES, f"{WHERE}.state_dtype")
         known(self.muon_newton_schulz, NEWTON_SCHULZ, f"{WHERE}.muon_newton_schulz")
         self._check_ranges()
+        if self.schedule == "exponential" and not self.final_fraction:
+            raise ValueError(f"{WHERE}.final_fraction must be above 0 with schedule='exponential', which never "
+                             "reaches 0; got 0")
         if self.stochastic_rounding and self.state_dtype != "bfloat16":
             raise ValueError(f"{WHERE}.stochastic_rounding rounds moments to bfloat16, but state_dtype is "
                              f"{self.state_dtype!r}; set {WHERE}.state_dtype='bfloat16' or leave it off")
@@ -92,7 +99,7 @@ class OptimizerOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{WHERE}.{name} must be at least 0 and below 1; got {value}")
-        for name in ("decay_fraction", "final_fraction"):
+        for name in ("decay_fraction", "final_fraction", "warmup_start"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{WHERE}.{name} must be from 0 to 1; got {value}")

@@ -14,15 +14,21 @@ def warmup_length(options: OptimizerOptions, total_steps: int) -> int:
 
 
 def decay_length(options: OptimizerOptions, total_steps: int) -> int:
-    """Steps of the final decay of `wsd`: what the options say, else their fraction of all steps."""
-    return round(options.decay_fraction * total_steps) if options.decay_steps is None else options.decay_steps
+    """Steps of the final decay: what the options say, else of `wsd` their fraction of all steps, and of `exponential`
+    all that follow the warm-up."""
+    if options.decay_steps is not None:
+        return options.decay_steps
+    if options.schedule == "exponential":
+        return total_steps - warmup_length(options, total_steps)
+    return round(options.decay_fraction * total_steps)
 
 
 def make_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule:
     """Learning rate of a step. After W warm-up steps out of N, with peak p and final fraction f:
 
-    step s < W: p (s + 1) / W, so that the first step already moves and step W - 1 has the peak.
+    step s < W: linearly from p / W, or from `warmup_start` p where that is more, at the first step to p at step W - 1.
     cosine: from p at step W to f p at step N.  wsd: p until D steps before N, then linearly to f p at step N.
+    exponential: p until D steps before N, then p f^(part of D that is over), f p at step N.
     constant: p.  inverse_sqrt: p sqrt(W / (s + 1)), which goes on from the warm-up without a jump (W at least 1).
 
     Raises ValueError where warm-up and decay do not fit into `total_steps`.
@@ -36,13 +42,17 @@ def make_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule
     rest = total_steps - warmup
     if options.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=final)
-    elif options.schedule == "wsd":
+    elif options.schedule in ("wsd", "exponential"):
         decay = decay_length(options, total_steps)
         if decay > rest:
             raise ValueError(f"{WHERE}: {warmup} warm-up and {decay} decay steps are more than train.steps="
                              f"{total_steps}; lower warmup_steps, decay_steps or decay_fraction")
-        main = optax.linear_schedule(peak, final * peak, decay, transition_begin=rest - decay) if decay else (
-            optax.constant_schedule(peak))
+        if not decay:
+            main = optax.constant_schedule(peak)
+        elif options.schedule == "wsd":
+            main = optax.linear_schedule(peak, final * peak, decay, transition_begin=rest - decay)
+        else:
+            main = optax.exponential_decay(peak, decay, final, transition_begin=rest - decay, end_value=final * peak)
     elif options.schedule == "inverse_sqrt":
         start = max(warmup, 1)
         main = lambda count: peak * jnp.sqrt(start / (count + start + 1.0 - (warmup == 0)))
@@ -50,8 +60,8 @@ def make_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule
         main = optax.constant_schedule(peak)
     if warmup == 0:
         return main
-    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)) if warmup > 1 else (
-        optax.constant_schedule(peak))
+    rise = optax.linear_schedule(peak * max(1 / warmup, options.warmup_start), peak, max(warmup - 1, 1)) if (
+        warmup > 1) else optax.constant_schedule(peak)
     return optax.join_schedules([rise, main], [warmup])
 
 
@@ -60,7 +70,7 @@ def describe(options: OptimizerOptions, total_steps: int, points: int = 9) -> li
     schedule = make_schedule(options, total_steps)
     warmup = warmup_length(options, total_steps)
     steps = {round(i * total_steps / (points - 1)) for i in range(points)} | {max(warmup - 1, 0), warmup}
-    if options.schedule == "wsd":
+    if options.schedule in ("wsd", "exponential"):
         steps.add(total_steps - decay_length(options, total_steps))
     return [(step, float(schedule(step))) for step in sorted(steps)]
 

@@ -29,6 +29,17 @@ def test_wsd_without_decay_stays():
     assert values(10, [9, 10], schedule="wsd", learning_rate=1.0, warmup_steps=1, decay_steps=0) == [1, 1]
 
 
+def test_exponential_by_formula():
+    """The learning rate of RWKV-4: a peak that stays, then a geometric fall; the warm-up starts at a fifth."""
+    got = values(20, range(22), schedule="exponential", learning_rate=6e-4, final_fraction=1 / 60, warmup_steps=5,
+                 warmup_start=0.2, decay_steps=10)
+    want = [6e-4 * (0.2 + 0.8 * s / 4) for s in range(5)] + [6e-4] * 5 + [
+        6e-4 * 60 ** (-s / 10) for s in range(11)] + [1e-5]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    whole = values(20, [3, 10, 20], schedule="exponential", learning_rate=1.0, final_fraction=0.01, warmup_steps=0)
+    np.testing.assert_allclose(whole, [0.01 ** 0.15, 0.1, 0.01], rtol=1e-5)
+
+
 def test_cosine_by_formula():
     got = values(20, range(21), learning_rate=3e-3, warmup_steps=5, final_fraction=0.1)
     want = [3e-3 * (s + 1) / 5 if s < 5 else
@@ -57,6 +68,7 @@ def test_default_warmup_is_a_share_of_the_steps():
 @pytest.mark.parametrize("given, says", [
     (dict(warmup_steps=11), "more than train.steps=10"),
     (dict(schedule="wsd", warmup_steps=6, decay_steps=5), "6 warm-up and 5 decay steps"),
+    (dict(schedule="exponential", warmup_steps=6, decay_steps=5), "6 warm-up and 5 decay steps"),
     (dict(schedule="cosne"), "did you mean 'cosine'"),
 ])
 def test_schedules_that_do_not_fit_are_refused(given, says):
