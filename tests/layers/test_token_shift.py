@@ -12,6 +12,9 @@ from lm.layers.conv import CausalConv
 from lm.layers.token_shift import lags, shift
 
 
+COMPILED = jax.jit(lags)
+
+
 def by_hand(x, history, reset, present, n):
     """[n, B, T, D] of the tokens before, and the history after, token by token."""
     B, T, D = x.shape
@@ -29,8 +32,9 @@ def by_hand(x, history, reset, present, n):
     return out, after
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.integers(0, 10 ** 6), st.integers(1, 7), st.integers(1, 4), st.sampled_from(["any", "right", "none"]))
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10 ** 6), st.sampled_from([1, 7]), st.sampled_from([1, 3]),
+       st.sampled_from(["any", "right", "none"]))
 def test_lags_are_the_present_tokens_before(seed, T, n, padding):
     rng = np.random.default_rng(seed)
     B, D = 3, 2
@@ -39,7 +43,7 @@ def test_lags_are_the_present_tokens_before(seed, T, n, padding):
     present = {"any": rng.random((B, T)) < 0.6, "none": np.ones((B, T), bool),
                "right": np.arange(T) < rng.integers(0, T + 1, (B, 1))}[padding]
     ctx = context(B, T)._replace(reset=jnp.asarray(reset), weights=jnp.asarray(present))
-    outs, after = lags(jnp.asarray(x, jnp.float32), jnp.asarray(history, jnp.float32), ctx)
+    outs, after = COMPILED(jnp.asarray(x, jnp.float32), jnp.asarray(history, jnp.float32), ctx)
     want, want_after = by_hand(x, history, reset, present, n)
     for out, expected in zip(outs, want, strict=True):
         np.testing.assert_allclose(np.where(present[..., None], out, 0), np.where(present[..., None], expected, 0),

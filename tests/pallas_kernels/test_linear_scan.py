@@ -34,7 +34,7 @@ def test_any_shape_equals_a_loop(batch, time, width, resets, seed):
     scale = np.abs(want).max()
     with jax.enable_x64(True):
         for implementation in ("chunked", "reference"):
-            h, last = linear_scan(a, b, h0, reset=reset, implementation=implementation)
+            h, last = jax.jit(functools.partial(linear_scan, implementation=implementation))(a, b, h0, reset=reset)
             assert np.abs(h - want).max() <= 1e-12 * scale
             np.testing.assert_array_equal(last, h[:, -1])
 
