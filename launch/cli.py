@@ -23,6 +23,7 @@ COMMANDS = {
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
     "data": ("launch.data", "prepare text for training, or show packed rows"),
     "bench": ("launch.bench", "measure speed and memory"),
+    "claim": ("launch.claim", "run the small experiments behind a claim; PASS or FAIL"),
     "kernels": ("launch.kernels", "compile the kernels for devices that are not here; their cycles"),
     "doctor": ("launch.doctor", "versions, devices, known problems, and what would run here"),
 }

@@ -1,0 +1,151 @@
+"""`lm claim`: runs the grid of small experiments behind a claim, and says PASS or FAIL with the numbers."""
+
+import argparse
+import pathlib
+import platform
+import secrets
+import time
+from typing import Any
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "claims"
+RECORDS = FOLDER / "results"
+PAGE = FOLDER.parent.parent / "docs" / "claims.md"
+FIGURES = PAGE.parent / "figures" / "claims"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `lm claim`."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a claim of experiments/claims, or a file FILE.py")
+    parser.add_argument("--list", action="store_true", help="list the claims")
+    parser.add_argument("--full", action="store_true", help="the long grid, whose verdict counts where there is one")
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: one a core on CPUs, else one)")
+    parser.add_argument("--record", action="store_true",
+                        help="keep the results in experiments/claims/results, which docs/claims.md is made from")
+    parser.add_argument("--page", action="store_true",
+                        help="write docs/claims.md and its figures from what is recorded")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command. Exit code 0 for PASS, 1 for FAIL, 75 where the grid was told to stop before its end."""
+    from lm.claims.definition import names, read
+    if args.config is not None or args.overrides:
+        raise ValueError("lm claim takes no --config: the settings of a claim are its file, "
+                         "experiments/claims/NAME.py; copy it to change them, and give the copy as FILE.py")
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
+    if args.list or args.page:
+        if args.name is not None:
+            raise ValueError(f"--list and --page are about all claims; leave out {args.name!r}")
+        claims = [read(name, FOLDER) for name in names(FOLDER)]
+        return list_claims(claims) if args.list else write_page(claims)
+    if args.name is None:
+        raise ValueError(f"lm claim needs a NAME: {', '.join(names(FOLDER))}; `lm claim --list` says what they claim")
+    return run(read(args.name, FOLDER), args)
+
+
+def list_claims(claims: list[Any]) -> int:
+    """One line a claim: its name, how the last recorded run ended, and what it says."""
+    from lm.claims.store import read_json
+    for claim in claims:
+        runs = (read_json(RECORDS / f"{claim.name}.json") or {"runs": []})["runs"]
+        last = ("PASS" if runs[-1]["verdict"]["passed"] else "FAIL") if runs else "-"
+        print(f"{claim.name:<22} {last:<5} {claim.text.get('Claim', '')}")
+    return 0
+
+
+def write_page(claims: list[Any]) -> int:
+    """docs/claims.md and docs/figures/claims/NAME.png."""
+    from lm.claims.figure import draw
+    from lm.claims.page import generate
+    from lm.claims.store import read_json
+    records = {claim.name: read_json(RECORDS / f"{claim.name}.json") for claim in claims}
+    for name, record in records.items():
+        shown = next((run for run in reversed(record["runs"]) if run["verdict"]["figure"]), None) if record else None
+        if shown is not None:
+            FIGURES.mkdir(parents=True, exist_ok=True)
+            (FIGURES / f"{name}.png").write_bytes(draw(shown["verdict"]["figure"], name))
+    PAGE.write_text(generate(claims, records))
+    print(f"wrote {PAGE.relative_to(PAGE.parent.parent)}: {len(claims)} claims, "
+          f"{sum(len(record['runs']) for record in records.values() if record)} runs")
+    return 0
+
+
+def run(claim: Any, args: argparse.Namespace) -> int:
+    """Runs what has not been run, judges, writes results.json and figure.png, and prints the verdict."""
+    from launch import config as configs
+    from launch.claim_grid import default_jobs, unfinished
+    from launch.claim_grid import run as run_grid
+    from launch.config_workdir import check_place
+    from lm.claims import store
+    from lm.claims.figure import draw
+    from lm.claims.measures import MEASURES
+    from lm.claims.verdict import judge, line
+    from lm.core.fields import check_known
+
+    workdir = pathlib.Path(args.workdir or f"runs/claims/{claim.name}{'-full' if args.full else ''}")
+    check_place(str(workdir))
+    cells = claim.cells(args.full)
+    check_known([cell.measure for cell in cells], ["train", *MEASURES], f"grid() of {claim.path.name}", "measure")
+    resolved = {cell.name: configs.resolve(claim.module.get_config(), cell.overrides) for cell in cells}
+    hashes = {name: configs.config_hash(config) for name, config in resolved.items()}
+    begun = store.check_grid(workdir, claim.name, hashes, args.full)
+    if begun is None:
+        begun = {"claim": claim.name, "full": args.full, "run": secrets.token_hex(4),
+                 "started": time.strftime("%Y-%m-%d", time.gmtime()), "cells": hashes}
+        store.write_json(workdir / store.CLAIM_FILE, begun)
+    left = unfinished(workdir, cells)
+    jobs = min(default_jobs() if args.jobs is None else args.jobs, max(1, len(left)))
+    print(f"{claim.name}: {len(cells)} cells, {len(left)} to run, {jobs} at a time, in {workdir}", flush=True)
+    done = len(cells) - len(left)
+
+    def note(cell: Any, attempt: dict[str, Any]) -> None:
+        nonlocal done
+        done += "message" not in attempt
+        what = f"failed with exit code {attempt['exit_code']}: {attempt['message']}" if "message" in attempt else "done"
+        print(f"[{done}/{len(cells)}] {cell.name}: {what}; {attempt['cpu_seconds']:.0f} CPU-s, "
+              f"{attempt['wall_seconds']:.0f} s", flush=True)
+
+    stopped = run_grid(workdir, cells, {name: configs.to_json(config) for name, config in resolved.items()}, jobs=jobs,
+                       note=note)
+    if stopped:
+        print(f"Stopped; the same command goes on from here ({len(unfinished(workdir, cells))} cells are left).")
+        return stopped
+    results = collect(begun, workdir, cells, hashes)
+    results["verdict"] = verdict = judge(claim.module.check, results["cells"])
+    store.write_json(workdir / store.RESULTS_FILE, results)
+    if verdict["figure"]:
+        (workdir / "figure.png").write_bytes(draw(verdict["figure"], claim.name))
+    if args.record:
+        count = store.record(RECORDS / f"{claim.name}.json", results)
+        print(f"recorded ({count} runs); `lm claim --page` writes them to docs/claims.md")
+    show(results)
+    print(line(claim.name, verdict), flush=True)
+    return 0 if verdict["passed"] else 1
+
+
+def collect(begun: dict[str, Any], workdir: pathlib.Path, cells: list[Any], hashes: dict[str, str]) -> dict[str, Any]:
+    """Everything that is known of a run but the verdict."""
+    from launch.environment import git_state, version
+    from lm.claims import store
+    from lm.claims.verdict import spread
+    rows = [{"name": cell.name, "arm": cell.arm, "seed": cell.seed, "measure": cell.measure,
+             "config_hash": hashes[cell.name], **store.read_cell(workdir, cell.name)} for cell in cells]
+    here = pathlib.Path(__file__).resolve()
+    state = git_state(here.parent, here.name) or {"revision": None, "dirty": None}
+    packages = {name: version(name) for name in ("loomlm", "jax", "flax", "numpy")}
+    return {key: begun[key] for key in ("claim", "full", "run", "started")} | {
+        "revision": state["revision"], "dirty": state["dirty"], "python": platform.python_version(),
+        "packages": packages, "totals": store.totals(rows), "cells": rows, "spread": spread(rows)}
+
+
+def show(results: dict[str, Any]) -> None:
+    """A line an arm: mean and spread over its seeds of the metrics that the check looks at."""
+    from lm.claims.verdict import number
+    for arm, metrics in results["spread"].items():
+        cells = [f"{name} {number(metrics[name]['mean'])} ± {number(metrics[name]['std'])} (n={metrics[name]['n']})"
+                 for name in results["verdict"]["metrics"] if name in metrics]
+        print(f"  {arm}: {', '.join(cells)}" if cells else f"  {arm}")
+    control, totals = results["verdict"]["control"], results["totals"]
+    if control is not None:
+        print(f"  control: the check passes on {control['passed']} of {control['shuffles']} shuffled copies")
+    print(f"  {totals['cpu_seconds']:.0f} CPU-s in all")

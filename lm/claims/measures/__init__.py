@@ -1,0 +1,6 @@
+"""What a cell may measure besides a training run. A measure takes the resolved config and gives names and numbers."""
+
+from lm.claims.measures.decode_cost import decode_cost
+from lm.claims.measures.scan_error import log_scan_error, scan_error
+
+MEASURES = {"decode_cost": decode_cost, "log_scan_error": log_scan_error, "scan_error": scan_error}
