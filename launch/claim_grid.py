@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from lm.claims.definition import Cell
 from lm.claims.store import add_attempt, cell_folder, read_cell
 from lm.train.exit_codes import DONE, PREEMPTED
 
+COMMAND = (sys.executable, "-m", "launch.claim_cell")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -57,8 +59,8 @@ def start(workdir: pathlib.Path, cell: Cell, config_text: str, environ: Mapping[
     (folder / CONFIG_FILE).write_text(config_text)
     (folder / VALUES_FILE).unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as file:
-        process = subprocess.Popen([sys.executable, "-m", "launch.claim_cell", str(folder.absolute()), cell.measure],
-                                   stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(environ))
+        process = subprocess.Popen([*COMMAND, str(folder.absolute()), cell.measure], stdin=subprocess.DEVNULL,
+                                   stdout=file, stderr=file, env=dict(environ))
     return Running(cell, process, time.monotonic())
 
 
@@ -82,6 +84,14 @@ def run(workdir: pathlib.Path, cells: Sequence[Cell], config_texts: Mapping[str,
     """
     environ = child_environment(os.environ)
     waiting, at_work, stopping = unfinished(workdir, cells), [], False
+
+    def stop(signum, frame):
+        nonlocal stopping
+        stopping = True
+        for one in at_work:
+            one.process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)  # the cells save, and are waited for
     try:
         while at_work or (waiting and not stopping):
             while waiting and not stopping and len(at_work) < jobs and (
@@ -94,6 +104,7 @@ def run(workdir: pathlib.Path, cells: Sequence[Cell], config_texts: Mapping[str,
             stopping = stopping or code == PREEMPTED
             note(done.cell, finished(workdir, done, usage.ru_utime + usage.ru_stime, code))
     finally:
+        signal.signal(signal.SIGTERM, before)
         for one in at_work:
             one.process.terminate()
         for one in at_work:

@@ -1,0 +1,67 @@
+"""The word problem of S3: after each permutation, the product of all so far.
+
+Claim: RWKV-7 follows the state of S3 to lengths at which RWKV-4 and attention of equal width and depth fail.
+Command: lm claim rwkv7_state_tracking --workdir runs/claims/rwkv7_state_tracking
+Hardware: 2 CPU cores.
+Expected: one seed of RWKV-7 with this setting gave 0.94 at length 16 before the grid was committed; one of attention,
+    stopped after 1200 of 2000 steps, stood at chance there. RWKV-4 and RWKV-6 had not been run.
+
+Two layers, width 64, words of 16, fresh in every step, a target at every position. Accuracy at length n is that over
+the last eighth of the first n elements; chance is 1/6. A mixture of positions would hide the failure: the first two or
+three products are easy for every model.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.claims import base
+
+LENGTHS = (4, 8, 12, 16)
+LONGEST = LENGTHS[-1]
+SOLVED, FAILED = 0.9, 0.6
+MLP = 128
+
+ARMS = {
+    "attention": dict(norm="rms", pattern=("attention/mlp",), attention=dict(num_heads=4), mlp=dict(mlp_dim=MLP)),
+    "rwkv4": dict(norm="layer", embed_norm=True, pattern=("rwkv4/channel_mix",), channel_mix=dict(mlp_dim=MLP)),
+    "rwkv6": dict(norm="layer", embed_norm=True, pattern=("rwkv6/channel_mix",), rwkv6=dict(head_dim=16),
+                  channel_mix=dict(version=6, mlp_dim=MLP)),
+    "rwkv7": dict(norm="layer", embed_norm=True, prefix=("first/channel_mix",), pattern=("rwkv7/channel_mix",),
+                  first=dict(kind="rwkv7", value_residual=False, head_dim=16), rwkv7=dict(head_dim=16),
+                  channel_mix=dict(version=7, mlp_dim=MLP)),
+}
+
+
+def get_config() -> ConfigDict:
+    """What all arms share; the model is the arm's."""
+    config = base.get_config()
+    config.model = base.small(embed_dim=64, num_layers=2, **ARMS["rwkv7"])
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.weight_decay = 0.01
+    config.data = dict(source="word_problem", task=dict(group="S3", report=LENGTHS))
+    config.train = dict(steps=2000, batch_size=64, seq_len=LONGEST)
+    config.eval.batches = 16
+    return config
+
+
+def grid(full: bool = False) -> list[dict]:
+    """Every arm; the long grid trains on words of 32 for 10,000 steps."""
+    longer = {"train.seq_len": 32, "train.steps": 10_000, "data.task": dict(group="S3", report=(*LENGTHS, 32))}
+    return [dict(arm=arm, seed=seed, set={"model": base.small(embed_dim=64, num_layers=2, **model),
+                                          **(longer if full else {})})
+            for arm, model in ARMS.items() for seed in base.SEEDS]
+
+
+def check(results: list[dict]) -> dict:
+    """At the longest length the mean of RWKV-7 is right and the best seed of every other arm is not."""
+    lengths = sorted(int(name.split("/")[1].removeprefix("length_")) for name in results[0]["values"]
+                     if name.startswith("eval/length_") and name.endswith("/accuracy"))
+    found = {n: base.by_arm(results, f"eval/length_{n}/accuracy") for n in lengths}
+    last = found[lengths[-1]]
+    criteria = [base.at_least(f"rwkv7 at length {lengths[-1]}, mean", base.mean(last["rwkv7"]), SOLVED)]
+    criteria += [base.at_most(f"{arm} at length {lengths[-1]}, best seed", max(values), FAILED)
+                 for arm, values in last.items() if arm != "rwkv7"]
+    figure = {"x": "length", "y": "accuracy",
+              "series": {arm: {"x": lengths, "y": [found[n][arm] for n in lengths]} for arm in last},
+              "lines": {"chance": 1 / 6}}
+    return base.verdict(criteria, [f"eval/length_{n}/accuracy" for n in lengths] + ["num_params"], figure)
