@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("launch.eval", "evaluate a checkpoint"),
     "generate": ("launch.generate", "sample text from a checkpoint"),
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
+    "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "data": ("launch.data", "prepare text for training, or show packed rows"),
     "bench": ("launch.bench", "measure speed and memory"),
     "claim": ("launch.claim", "run the small experiments behind a claim; PASS or FAIL"),

@@ -9,6 +9,7 @@ The group holds the model's own fields and, beside them, one entry a layer, name
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,10 +28,13 @@ from lm.layers.stack import Stack
 from lm.models.decoder import DecoderLM
 
 NORMS = {
-    "rms": lambda: RMSNorm(),
-    "layer": lambda: LayerNorm(),
-    "layer_no_bias": lambda: LayerNorm(use_bias=False),
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+    "layer_no_bias": functools.partial(LayerNorm, use_bias=False),
 }
+
+
+NONE_IS = {"embed_std": "", "norm_eps": ", or None for the norm's own"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,7 @@ class ModelOptions:
     softcap: float | None = option(None, "logits become softcap * tanh(logits / softcap)")
     dropout: float = option(0.0, "dropout of the embedded input; layers have their own")
     norm: Literal["rms", "layer", "layer_no_bias"] = option("rms", "norm before each layer and before the head")
+    norm_eps: float | None = option(None, "added to the variance in these norms; None is 1e-6 for rms, else 1e-5")
     scan: bool = option(True, "scan over repeats (compiles fast) or unroll them; the checkpoint is the same")
     remat: Literal["none", "full", "dots", "minimal"] = option("none", "what the backward pass computes again")
     dtype: Literal["bfloat16", "float32", "float16", "float64"] = option("bfloat16", "dtype of activations")
@@ -79,10 +84,10 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config.model.{name}={options[name]} must be at least 1")
     if made.vocab_size is not None and made.vocab_size < 2:
         raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
-    for name in ("embed_std", "softcap", "max_positions"):
+    for name in ("embed_std", "softcap", "max_positions", "norm_eps"):
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"config.model.{name}={options[name]} must be above 0"
-                             f"{'' if name == 'embed_std' else ', or None for none'}")
+                             f"{NONE_IS.get(name, ', or None for none')}")
     check_dropout(options, "config.model")
     repeats_of(made)
     used = entry_names(made.prefix + made.pattern)
@@ -138,7 +143,7 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
     if options.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("config.model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment; without it JAX would "
                          "compute in float32")
-    norm = NORMS[options.norm]
+    norm = functools.partial(NORMS[options.norm], **({} if options.norm_eps is None else {"eps": options.norm_eps}))
     layers = {}
     for name in entry_names(options.prefix + options.pattern):
         entry = dict(resolved[name])

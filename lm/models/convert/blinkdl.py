@@ -92,6 +92,11 @@ def version_of(tensors: Tensors) -> int:
                      f"{', '.join(sorted(tensors)[:8])}, ...")
 
 
+def num_blocks(tensors: Iterable[str]) -> int:
+    """How many blocks these names are of."""
+    return count_blocks(tensors, r"blocks\.(\d+)\.")
+
+
 def split_mixes(tensors: Tensors) -> dict[str, np.ndarray]:
     """The tensors with RWKV-6's five low-rank maps, which stand in one array, as one each."""
     out = {}
@@ -118,7 +123,7 @@ def join_mixes(tensors: Tensors) -> dict[str, np.ndarray]:
 def model_config(tensors: Tensors) -> dict[str, Any]:
     """The `model` group of a config for these weights. Raises ValueError where what it needs to look at is missing."""
     version = version_of(tensors)
-    count = count_blocks(tensors, r"blocks\.(\d+)\.")
+    count = num_blocks(tensors)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -152,5 +157,5 @@ def from_blinkdl(tensors: Tensors, model: DecoderLM) -> dict[str, Any]:
     Raises ValueError that lists the names which are missing, have another shape, or which nothing here would read.
     """
     version = version_of(tensors)
-    made = layout(version, count_blocks(tensors, r"blocks\.(\d+)\."))
+    made = layout(version, num_blocks(tensors))
     return from_names(made, split_mixes(tensors), model, NAMES[version])
