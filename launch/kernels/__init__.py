@@ -15,10 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="matrix: does each kernel compile; schedule: its cycles on one target")
     parser.add_argument("ops", nargs="*", metavar="OP",
                         help="operations, or single rows of the matrix by their name (matrix: all when none is named)")
-    parser.add_argument("--target", action="append", metavar="NAME", help="v4, v5e, v5p, v6e or 7x; may be repeated "
-                        "(matrix: all when none is named; schedule: v5e)")
+    parser.add_argument("--target", action="append", metavar="NAME", help="v4, v5e, v5p, v6e, 7x; for the "
+                        "matrix also h100, b200, a100; may be repeated (when none is named: all that the python has a "
+                        "compiler for; schedule: v5e)")
     parser.add_argument("--direction", choices=("forward", "backward"), help="only this one")
-    parser.add_argument("--python", metavar="PATH", help="a python with libtpu, where this one has none")
+    parser.add_argument("--python", metavar="PATH",
+                        help="a python with libtpu or the CUDA plugin, where this one has none")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one compilation")
     parser.add_argument("--json", action="store_true", help="print JSON")
     matrix = parser.add_argument_group("matrix")

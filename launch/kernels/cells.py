@@ -24,6 +24,11 @@ class Cell(NamedTuple):
         """Its name in the file."""
         return "/".join(self)
 
+    @property
+    def toolchain(self) -> str:
+        """What compiles it: "libtpu" or "cuda"."""
+        return TARGETS[self.target].toolchain
+
 
 def kernels_for(case: Case, target: str) -> tuple[str, ...]:
     """Kernels of the operation that are made for this target; none where `chunked` serves."""
@@ -34,7 +39,7 @@ def plan(cases: Iterable[Case], targets: Iterable[str], direction: str | None = 
     """All cells that a compiler can be asked about, in the order of the table."""
     directions = [direction] if direction else DIRECTIONS
     return [Cell(case.name, one, kernel, target) for case in cases for one in directions if one in case.work
-            for target in targets if TARGETS[target].topology for kernel in kernels_for(case, target)]
+            for target in targets for kernel in kernels_for(case, target)]
 
 
 def read(path: pathlib.Path = RECORD) -> dict[str, dict[str, Any]]:
@@ -58,11 +63,12 @@ def write(record: Mapping[str, Mapping[str, Any]], path: pathlib.Path = RECORD) 
 
 
 def split_by_change(cells: Iterable[Cell], known: Mapping[str, Any],
-                    sources: Mapping[str, str]) -> tuple[list[Cell], list[Cell]]:
-    """(cells to compile, cells whose sources are those of the record). sources: the present hash of each case."""
+                    sources: Mapping[tuple[str, str], str]) -> tuple[list[Cell], list[Cell]]:
+    """(cells to compile, cells whose sources are those of the record). sources: present hashes, by case and kernel."""
     changed, same = [], []
     for cell in cells:
-        (same if known.get(cell.key, {}).get("sources") == sources[cell.case] else changed).append(cell)
+        recorded = known.get(cell.key, {}).get("sources")
+        (same if recorded == sources[cell.case, cell.kernel] else changed).append(cell)
     return changed, same
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +22,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"`lm kernels schedule` needs an operation: {', '.join(operations())}")
     targets = [find_target(name) for name in args.target or ["v5e"]]
     for target in targets:
-        if not target.topology:
+        if target.gpu is not None:
             raise ValueError(f"schedules are read from libtpu and {target.name} is no TPU; "
-                             f"TPUs: {', '.join(t.name for t in TARGETS.values() if t.topology)}")
+                             f"TPUs: {', '.join(t.name for t in TARGETS.values() if t.gpu is None)}")
     known = selected(args.ops)
-    python = process.python_with_libtpu(args.python)
-    compiler = process.compiler_version(python)
+    python = args.python or sys.executable
+    compiler = process.compiler_for(python, [target.name for target in targets])["libtpu"]
     out, failed = [], False
     for case in known:
         for cell in plan([case], [target.name for target in targets], args.direction):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.kernels.cells import Cell, kernels_for
-from launch.kernels.process import ROOT
+from launch.kernels.process import ROOT, toolchain_of
 from pallas_kernels.aot.case import Case
 from pallas_kernels.aot.targets import TARGETS
 
@@ -32,7 +32,8 @@ def _text(result: Mapping[str, Any] | None, kernel: str, several: bool, reasons:
     if result is None:
         return f"{prefix}not compiled"
     if result["status"] == "ok":
-        return f"{prefix}OK"
+        spills = sum(kernel["spills"] for kernel in result.get("ptxas", {}).values())
+        return f"{prefix}OK" + (f", spills {spills} B" if spills else "")
     if result["reason"] not in reasons:
         reasons.append(result["reason"])
     return f"{prefix}{result['status']} [{reasons.index(result['reason']) + 1}]"
@@ -53,10 +54,15 @@ def text(record: Mapping[str, Mapping[str, Any]], known: Sequence[Case]) -> str:
 
 
 def markdown(record: Mapping[str, Mapping[str, Any]], known: Sequence[Case]) -> str:
-    """For the page: all targets with the first compiler, and what the others were asked, each a table."""
-    parts = []
-    for number, (compiler, results) in enumerate(record.items()):
-        asked = [name for name in TARGETS if number == 0 or any(key.endswith(f"/{name}") for key in results)]
+    """For the page: each compiler a table, the first for TPUs and the first for GPUs with all targets, the others with
+    what they were asked."""
+    parts, seen = [], set()
+    for compiler, results in record.items():
+        toolchain = toolchain_of(compiler)
+        first = toolchain not in seen
+        seen.add(toolchain)
+        asked = [name for name, target in TARGETS.items() if (first and target.toolchain == toolchain)
+                 or any(key.endswith(f"/{name}") for key in results)]
         body, reasons = rows(results, known, asked)
         header = ["operation", "direction", *(TARGETS[name].name for name in asked)]
         lines = [header, ["---"] * len(header), *body]

@@ -1,12 +1,14 @@
 """Compile one direction of one case for a device that is not here, and say in JSON what came of it.
 
-    python -m pallas_kernels.aot.compilation 'linear_scan reset' backward v5e pallas_tpu
+    python -m pallas_kernels.aot.compilation 'linear_scan reset' backward v5e pallas_tpu [FOLDER]
 
-A process of its own for each, because libtpu reads its settings once and a compiler may crash or hang. It needs libtpu,
-no TPU, and, before jax is imported, the environment that `launch.kernels.process` sets.
+A process of its own for each, because compilers read their settings once and may crash or hang. It needs libtpu or, for
+GPUs, the CUDA plugin, no device, and, before jax is imported, the environment that `launch.kernels.process` sets.
+FOLDER is where that environment tells the GPU compilers to write what they made.
 """
 
 import json
+import pathlib
 import sys
 import traceback
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.aot import gpu_compilation
 from pallas_kernels.aot.case import Case, find_case
 from pallas_kernels.aot.targets import Target, find_target
 from pallas_kernels.testing import compile_for_tpu, kernels_in
@@ -45,13 +48,20 @@ def function_of(case: Case, direction: str, kernel: str):
     return backward, (inputs, outputs)
 
 
-def compile_cell(case: Case, direction: str, target: Target, kernel: str) -> dict[str, Any]:
+def compile_cell(case: Case, direction: str, target: Target, kernel: str, folder: str | None = None) -> dict[str, Any]:
     """Status "ok" with the facts of the compiled program, or "no kernel" with the reason; compilers raise theirs."""
     function, arguments = function_of(case, direction, kernel)
-    compiled = compile_for_tpu(target.topology, function, *arguments)
-    calls = kernels_in(compiled)
-    facts = dict(status="ok", calls=calls, temporaries=compiled.memory_analysis().temp_size_in_bytes,
-                 bytes=int(compiled.cost_analysis().get("bytes accessed", 0)))
+    if target.gpu is None:
+        compiled = compile_for_tpu(target.topology, function, *arguments)
+        calls = kernels_in(compiled)
+    else:
+        compiled = gpu_compilation.compile_for_gpu(target.gpu, function, *arguments)
+        calls = gpu_compilation.kernels_in(compiled)
+    facts = dict(status="ok", calls=calls, temporaries=compiled.memory_analysis().temp_size_in_bytes)
+    if target.gpu is None:
+        facts["bytes"] = int(compiled.cost_analysis().get("bytes accessed", 0))
+    elif folder:
+        facts["ptxas"] = gpu_compilation.resources(pathlib.Path(folder), list(dict.fromkeys(calls)))
     missing = [name for name in case.expected_calls(direction) if not any(call.startswith(name) for call in calls)]
     if missing:
         facts.update(status="no kernel", reason=f"the program does not call {', '.join(missing)}; it calls "
@@ -68,9 +78,9 @@ def short_reason(error: BaseException) -> str:
 
 def main(arguments: list[str]) -> int:
     """Prints the result as the last line of the standard output."""
-    name, direction, target, kernel = arguments
+    name, direction, target, kernel, *folder = arguments
     try:
-        result = compile_cell(find_case(name), direction, find_target(target), kernel)
+        result = compile_cell(find_case(name), direction, find_target(target), kernel, *folder)
     except Exception as error:  # whatever a compiler raises is the answer that was asked for
         traceback.print_exc()
         result = dict(status="refused", reason=short_reason(error))

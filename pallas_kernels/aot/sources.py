@@ -1,32 +1,37 @@
-"""Which files of this package an operation is made of, and a hash of them: unchanged files compile as they did."""
+"""Which files of this package a kernel of an operation is made of, and a hash of them: they compile as they did.
+"""
 
 import ast
 import functools
 import hashlib
 import pathlib
 
+from pallas_kernels.aot.targets import KERNELS
+
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
-def source_files(operation: str) -> list[pathlib.Path]:
+def source_files(operation: str, kernel: str) -> list[pathlib.Path]:
     """Files that `pallas_kernels/<operation>/full_size.py` imports, directly or not, itself included, in order of name.
 
-    Those of `pallas_kernels/aot` are left out: they ask, and what they ask for is in `full_size.py`.
+    Files named after another kernel are left out, with what only they import: a change of the GPU kernels is none of
+    the TPU's. So are those of `pallas_kernels/aot`: they ask, and what they ask for is in `full_size.py`.
     """
     waiting, seen = [PACKAGE / operation / "full_size.py"], set()
     while waiting:
         path = waiting.pop()
-        if path in seen or (PACKAGE / "aot") in path.parents:
+        other = path.stem in KERNELS and path.stem != kernel
+        if path in seen or other or (PACKAGE / "aot") in path.parents:
             continue
         seen.add(path)
         waiting += _imports(path)
     return sorted(seen)
 
 
-def source_hash(operation: str) -> str:
+def source_hash(operation: str, kernel: str) -> str:
     """Twelve hexadecimal digits of the names and bytes of `source_files`."""
     digest = hashlib.sha256()
-    for path in source_files(operation):
+    for path in source_files(operation, kernel):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.linear_scan import chunked, pallas_tpu, reference
+from pallas_kernels.linear_scan import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
+            "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 
@@ -25,8 +26,9 @@ def linear_scan(a: Array, b: Array, h0: Array, *, reset: Array | None = None,
     starts). Returns h [B, T, C] in b's dtype and h_last [B, C]. The recurrence and h_last are float32, or float64 when
     a and b are. Give h_last as the next call's h0 to continue the rows; T = 1 is decoding.
 
-    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
-    order that serves. "pallas_tpu" has first derivatives (a, b, h0); the others have all, and "reference" forward mode.
+    implementation: "pallas_tpu", "pallas_mosaic_gpu" (Hopper, Blackwell), "pallas_triton" (other NVIDIA GPUs),
+    "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that serves. The kernels
+    have first derivatives (a, b, h0); the others have all, and "reference" forward mode.
 
     Raises ValueError for shapes and dtypes that do not fit, T = 0, an unknown implementation and one that cannot serve.
     """
@@ -41,6 +43,8 @@ def linear_scan(a: Array, b: Array, h0: Array, *, reset: Array | None = None,
         check_dtypes("linear_scan", ("bool",), reset=reset)
     name = dispatch.choose("linear_scan", implementation, {
         "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
+        "pallas_mosaic_gpu": functools.partial(pallas_mosaic_gpu.unsupported, dtype),
+        "pallas_triton": functools.partial(pallas_triton.unsupported, dtype),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })

@@ -5,6 +5,7 @@ from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.linear_scan.gated import min_gru, min_lstm
 
 _SIZE = BATCH * TIME * WIDTH
+_KERNELS = ("pallas_tpu", "pallas_mosaic_gpu", "pallas_triton")
 _STATE = array(BATCH, WIDTH, dtype="float32")
 
 
@@ -15,7 +16,7 @@ def _case(name: str, dtype: str, reset: bool) -> Case:
         inputs["reset"] = array(BATCH, TIME, dtype="bool")
     small = num_bytes({name: x for name, x in inputs.items() if name not in ("a", "b")})
     return Case(
-        name, linear_scan, inputs, kernels=("pallas_tpu",), elements=_SIZE,
+        name, linear_scan, inputs, kernels=_KERNELS, elements=_SIZE,
         work={"forward": Work(num_bytes(row) * 3 + small + num_bytes(_STATE), vector=2 * _SIZE),
               # reads a, h and the cotangent of h, writes the gradients of a and b
               "backward": Work(num_bytes(row) * 5 + small + 2 * num_bytes(_STATE), vector=3 * _SIZE)})
@@ -27,7 +28,7 @@ def _gated(op, names: tuple[str, ...]) -> Case:
     row, count = array(BATCH, TIME, WIDTH), len(names)
     sigmoids = {min_gru: 2, min_lstm: 4}[op]
     return Case(
-        f"linear_scan {op.__name__}", op, {name: row for name in names} | {"h0": _STATE}, kernels=("pallas_tpu",),
+        f"linear_scan {op.__name__}", op, {name: row for name in names} | {"h0": _STATE}, kernels=_KERNELS,
         elements=_SIZE,
         work={"forward": Work(num_bytes(row) * (count + 1) + 2 * num_bytes(_STATE), vector=3 * _SIZE,
                               transcendental=2 * sigmoids * _SIZE),

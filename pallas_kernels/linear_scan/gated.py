@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.linear_scan import chunked, pallas_tpu, reference
+from pallas_kernels.linear_scan import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference
 from pallas_kernels.linear_scan.gates import ACTIVATIONS, Gates
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
+            "chunked": chunked}
 
 
 def min_gru(hidden: Array, gate: Array, h0: Array, *, reset: Array | None = None, activation: str = "g",
@@ -26,7 +27,7 @@ def min_gru(hidden: Array, gate: Array, h0: Array, *, reset: Array | None = None
     activation: "g" (x + 1/2 from 0 on, sigmoid(x) below: positive), "identity" or "tanh". Returns h [B, T, C] in the
     inputs' dtype and h_last [B, C]. Gates, recurrence and h_last are float32, or float64 when the inputs are.
 
-    implementation and errors as in `linear_scan`; "pallas_tpu" has first derivatives.
+    implementation and errors as in `linear_scan`; the kernels have first derivatives.
     """
     return _gated("min_gru", activation, dict(hidden=hidden, gate=gate), h0, reset, implementation)
 
@@ -55,6 +56,8 @@ def _gated(op: str, activation: str, given: dict[str, Array], h0: Array, reset: 
         check_dtypes(op, ("bool",), reset=reset)
     name = dispatch.choose(op, implementation, {
         "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
+        "pallas_mosaic_gpu": functools.partial(pallas_mosaic_gpu.unsupported, dtype),
+        "pallas_triton": functools.partial(pallas_triton.unsupported, dtype),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })

@@ -14,9 +14,12 @@ from pallas_kernels.aot.schedule import Body, Schedule
 from pallas_kernels.aot.targets import TARGETS
 
 COMPILER = "jax 0, libtpu 0"
+GPU_COMPILER = "jax 0, jax-cuda13-plugin 0, nvidia-cuda-nvcc 0"
+TPUS = ["v4", "v5e", "v5p", "v6e", "7x"]
 KNOWN = [find_case(name) for name in ("linear_scan", "linear_scan reset", "linear_scan float32")]
-CELLS = cells.plan(KNOWN, TARGETS)
-SOURCES = {case.name: "same" for case in KNOWN}
+CELLS = cells.plan(KNOWN, TPUS)
+GPU_CELLS = cells.plan(KNOWN, ["h100", "b200", "a100"])
+SOURCES = {(case.name, kernel): "same" for case in KNOWN for kernel in case.kernels}
 
 
 def record_of(planned=CELLS, **changes):
@@ -40,15 +43,32 @@ def check(record, compile_one, sources=SOURCES, share=0.2, commit="a", wanted=CE
     return matrix.check(wanted, record, compiler, sources, compile_one, share, commit, None, **more)
 
 
-def test_the_plan_has_every_direction_and_every_tpu():
+def test_the_plan_has_every_direction_and_every_target():
     assert len(CELLS) == len(KNOWN) * 2 * 5
     assert Cell("linear_scan", "backward", "pallas_tpu", "7x") in CELLS
-    assert not any(cell.target in ("h100", "b200", "a100") for cell in CELLS)    # no kernel there: chunked serves
+    assert len(GPU_CELLS) == len(KNOWN) * 2 * 5     # two kernels on h100 and b200, one on a100
+    assert Cell("linear_scan", "backward", "pallas_mosaic_gpu", "b200") in GPU_CELLS
+    assert not any(cell.target == "a100" and cell.kernel == "pallas_mosaic_gpu" for cell in GPU_CELLS)
+    assert set(cells.plan(KNOWN, TARGETS)) == {*CELLS, *GPU_CELLS}
+    assert {cell.toolchain for cell in CELLS} == {"libtpu"} and {cell.toolchain for cell in GPU_CELLS} == {"cuda"}
+    assert not cells.plan([find_case("wkv7")], ["h100"])                         # no kernel there: chunked serves
+
+
+def test_cells_that_no_compiler_here_can_ask_about_are_compared_by_their_sources(capsys):
+    record = {GPU_COMPILER: record_of(GPU_CELLS)[COMPILER]}
+    only_tpus = {"libtpu": COMPILER}
+    assert matrix.check_unseen(GPU_CELLS, record, SOURCES, only_tpus) == 0
+    changed = SOURCES | {("linear_scan reset", "pallas_triton"): "changed"}
+    assert matrix.check_unseen(GPU_CELLS, record, changed, only_tpus) == 1
+    said = capsys.readouterr().out
+    assert said.count("recorded with other sources") == 6 and "pip install 'loomlm[aot-gpu]'" in said
+    assert "pallas_mosaic_gpu" not in said
+    assert matrix.check_unseen(GPU_CELLS, record, changed, only_tpus | {"cuda": GPU_COMPILER}) == 0
 
 
 def test_unchanged_cells_are_sampled_by_the_commit_and_changed_ones_all_run():
     compile_one, asked = answer()
-    sources = SOURCES | {"linear_scan reset": "changed"}
+    sources = SOURCES | {("linear_scan reset", "pallas_tpu"): "changed"}
     assert check(record_of(), compile_one, sources) == 0
     changed = {cell.key for cell in CELLS if cell.case == "linear_scan reset"}
     assert set(asked[:10]) == changed and len(asked) == 10 + 4      # a fifth of the other twenty
@@ -121,11 +141,22 @@ def test_the_table_names_what_serves_and_the_reasons():
     bad = dict(status="refused", reason="E2003: not aligned", sources="same")
     record = record_of(linear_scan__forward__pallas_tpu__v4=bad, linear_scan__backward__pallas_tpu__v4=bad)
     page = table.markdown(record, KNOWN)
-    assert "| linear_scan | forward | refused [1] | OK | OK | OK | OK | chunked | chunked | chunked |" in page
+    assert "| linear_scan | forward | refused [1] | OK | OK | OK | OK |" in page
     assert "- [1] E2003: not aligned" in page and "[2]" not in page
     assert "| linear_scan reset | backward | OK |" in page
     shown = table.text({COMPILER: {"linear_scan/forward/pallas_tpu/v5e": dict(status="ok")}}, KNOWN)
     assert shown.splitlines()[1:] == ["operation    direction  v5e", "linear_scan  forward    OK"]
+
+
+def test_gpus_have_a_table_of_their_own_with_what_was_spilled():
+    record = record_of() | {GPU_COMPILER: record_of(GPU_CELLS)[COMPILER]}
+    record[GPU_COMPILER]["linear_scan/forward/pallas_triton/a100"]["ptxas"] = {"k": dict(registers=255, spills=12)}
+    record[GPU_COMPILER]["linear_scan/forward/pallas_triton/h100"]["ptxas"] = {"k": dict(registers=64, spills=0)}
+    tpus, gpus = table.markdown(record, [*KNOWN, find_case("wkv7")]).split("\n\nWith ")
+    assert "| wkv7 | forward | not compiled |" in tpus and "h100" not in tpus
+    both = "pallas_mosaic_gpu OK, pallas_triton OK"
+    assert f"| linear_scan | forward | {both} | {both} | OK, spills 12 B |" in gpus
+    assert "| wkv7 | forward | chunked | chunked | chunked |" in gpus and "v5e" not in gpus
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, monkeypatch):
@@ -161,12 +192,21 @@ def test_the_compiling_process_has_its_own_settings(monkeypatch):
     assert environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in environ
     assert "--xla_jf_dump_to=folder" in environ["LIBTPU_INIT_ARGS"]
     assert "LIBTPU_INIT_ARGS" not in process.environment()
+    environ = process.environment("folder", "cuda")
+    assert environ["XLA_FLAGS"] == "--xla_dump_to=folder" and environ["MOSAIC_GPU_DUMP_TO"] == "folder"
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["kernels", "matrix"]) == 2
-    assert "pip install 'loomlm[aot]'" in capsys.readouterr().err
+def test_without_a_compiler_the_error_says_what_to_install(tmp_path, capsys):
+    nothing = script(tmp_path, """echo '{"jax": "0"}'""")
+    assert cli.main(["kernels", "matrix", "--python", nothing]) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'loomlm[aot]'" in said and "pip install 'loomlm[aot-gpu]'" in said
+    only_tpus = script(tmp_path, """echo '{"jax": "0", "libtpu": "1"}'""")
+    assert process.compilers(only_tpus) == {"libtpu": "jax 0, libtpu 1"}
+    assert process.toolchain_of("jax 0, libtpu 1") == "libtpu" and process.toolchain_of(GPU_COMPILER) == "cuda"
+    assert cli.main(["kernels", "matrix", "--target", "h100", "--python", only_tpus]) == 2
+    said = capsys.readouterr().err
+    assert "cannot compile for h100" in said and "pip install 'loomlm[aot-gpu]'" in said
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -184,10 +224,10 @@ def test_mistakes_are_answered_with_what_is_allowed(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_python_without_libtpu_is_named(capsys, tmp_path):
-    python = script(tmp_path, "echo PackageNotFoundError: libtpu >&2; exit 1")
+def test_a_python_that_breaks_is_named(capsys, tmp_path):
+    python = script(tmp_path, "echo no such library >&2; exit 1")
     assert cli.main(["kernels", "matrix", "--python", python]) == 2
-    assert "has no jax with libtpu: PackageNotFoundError" in capsys.readouterr().err
+    assert "cannot say what it has: no such library" in capsys.readouterr().err
 
 
 def fake_schedule(cycles):
@@ -216,7 +256,7 @@ def test_the_summary_compares_the_larger_of_compute_and_traffic_with_the_bound()
 
 
 def test_schedule_prints_json_and_fails_where_a_kernel_was_refused(monkeypatch, capsys):
-    monkeypatch.setattr(process, "compiler_version", lambda python: COMPILER)
+    monkeypatch.setattr(process, "compilers", lambda python: {"libtpu": COMPILER})
     monkeypatch.setattr(process, "run", lambda python, cell, limit, dump: dict(status="refused", reason="E2003"))
     words = ["kernels", "schedule", "linear_scan", "--python", sys.executable, "--direction", "forward"]
     assert cli.main([*words, "--json"]) == 1
@@ -226,7 +266,7 @@ def test_schedule_prints_json_and_fails_where_a_kernel_was_refused(monkeypatch, 
 
 
 def test_write_compiles_what_changed_and_keeps_the_rest(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(process, "compiler_version", lambda python: COMPILER)
+    monkeypatch.setattr(process, "compilers", lambda python: {"libtpu": COMPILER})
     monkeypatch.setattr(cells, "RECORD", tmp_path / "kernels.json")
     monkeypatch.setattr(cells.read, "__defaults__", (tmp_path / "kernels.json",))
     monkeypatch.setattr(cells.write, "__defaults__", (tmp_path / "kernels.json",))
