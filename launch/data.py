@@ -73,7 +73,7 @@ def _data_group(args: argparse.Namespace) -> tuple[dict[str, Any], Mapping[str, 
     if args.source is not None:
         # Another source: what the config says about its own does not apply.
         given = {key: value for key, value in given.items()
-                 if key not in ("sources", "path", "package", "texts", "validation")}
+                 if key not in ("sources", "path", "package", "texts", "task", "validation")}
     for flag, field, _, _ in _FIELDS:
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None:

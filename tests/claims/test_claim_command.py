@@ -144,6 +144,7 @@ def test_cells_use_one_thread_on_cpus_and_keep_what_the_user_set():
     assert claim_grid.child_environment({"JAX_PLATFORMS": "tpu"}).get("XLA_FLAGS") is None
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_cells_and_the_command_goes_on_later(tmp_path):
     """A scheduler that takes the machine back sends SIGTERM to the command alone."""
     cell = tmp_path / "cell.py"

@@ -48,6 +48,7 @@ def test_bytes_of_state_are_the_cache_of_attention_and_constant_for_rwkv():
     assert state_bytes(rwkv, 100) == state_bytes(rwkv, 10**6)
 
 
+@pytest.mark.slow
 def test_a_full_state_is_what_a_prompt_of_that_length_leaves():
     model = build_model(ATTENTION, 256)
     params = init_params(model, jax.random.key(0))
