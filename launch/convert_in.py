@@ -50,9 +50,9 @@ def staged(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_workdir(source: pathlib.Path, workdir: str, tokenizer: str | None,
                   overrides: Sequence[tuple[str, Any]] = ()) -> str:
     """Converts and returns what was done, in words. Nothing is left behind where it fails."""
-    check_place(workdir)
     if "://" in workdir:
         raise ValueError(f"--workdir {workdir}: lm convert writes local folders; copy it there afterwards")
+    check_place(workdir)
     place = pathlib.Path(workdir).absolute()
     with staged(place) as stage:
         weights = read_weights(source)

@@ -111,6 +111,9 @@ def _hugging_face(hf: Mapping[str, Any], tensors: dict[str, np.ndarray], files: 
         model, layout = family.model_config(hf), family.layout_of(hf)
     except KeyError as error:
         raise ValueError(f"config.json of a {kind!r} model lacks {error.args[0]!r}") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json of a {kind!r} model has a field of another kind than it should ({error})") \
+            from None
     head = "lm_head.weight" if family is llama else "head.weight"
     table = next(entry.theirs for entry in layout.whole if entry.ours == "embed/embedding")
     if model["tie_embeddings"] and head in tensors and table in tensors:
