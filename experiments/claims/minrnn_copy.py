@@ -1,6 +1,6 @@
 """Selective copying with gates that do not see the state.
 
-Claim: one layer of minGRU or minLSTM does not solve selective copying, and two layers do, exactly.
+Claim: One layer of minGRU or minLSTM does not solve selective copying, and two layers do, exactly.
 Command: lm claim minrnn_copy --workdir runs/claims/minrnn_copy
 Hardware: 2 CPU cores.
 Expected: another implementation had found 0.825 for one layer and 1.000 for two after 1500 steps. The thresholds were

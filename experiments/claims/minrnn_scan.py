@@ -1,6 +1,6 @@
 """How to scan minGRU in float32: the recurrence itself, or its logarithms.
 
-Claim: minGRU's direct scan has a relative error under 1e-5 at 65,536 tokens in float32, where the log-space form of the
+Claim: The direct scan of minGRU has a relative error under 1e-5 at 65,536 tokens in float32, where the log-space form of the
     papers has lost three more digits.
 Command: lm claim minrnn_scan --workdir runs/claims/minrnn_scan
 Hardware: 2 CPU cores; two minutes.

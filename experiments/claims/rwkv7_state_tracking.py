@@ -1,6 +1,6 @@
 """The word problem of S3: after each permutation, the product of all so far.
 
-Claim: RWKV-7 follows the state of S3 to lengths at which RWKV-4 and attention of equal width and depth fail.
+Claim: RWKV-7 follows the state of S3 to a length at which RWKV-4, RWKV-6 and attention of equal width and depth fail.
 Command: lm claim rwkv7_state_tracking --workdir runs/claims/rwkv7_state_tracking
 Hardware: 2 CPU cores.
 Expected: trials before the first whole run, one seed each: RWKV-7 with this setting 0.97 at length 12, with words of 16

@@ -1,6 +1,6 @@
 """What one more token costs after a long context.
 
-Claim: bytes of state and time a generated token stay flat from 1,024 to 65,536 tokens of context for RWKV-4 and RWKV-7,
+Claim: Bytes of state and time a generated token stay flat from 1,024 to 65,536 tokens of context for RWKV-4 and RWKV-7,
     and grow for attention with a key-value cache.
 Command: lm claim rwkv_linear --workdir runs/claims/rwkv_linear
 Hardware: 2 CPU cores.
