@@ -1,7 +1,7 @@
 """How to scan minGRU in float32: the recurrence itself, or its logarithms.
 
-Claim: The direct scan of minGRU has a relative error under 1e-5 at 65,536 tokens in float32, where the log-space form of the
-    papers has lost three more digits.
+Claim: The direct scan of minGRU has a relative error under 1e-5 at 65,536 tokens in float32, where the log-space form
+    of the papers has lost three more digits.
 Command: lm claim minrnn_scan --workdir runs/claims/minrnn_scan
 Hardware: 2 CPU cores; two minutes.
 Expected: another implementation, in NumPy and JAX, had found 5e-7 to 2e-6 for the direct scan at every length, and 1e-2
