@@ -16,7 +16,7 @@ EMBED_DIM = 32
 
 # Variants that share almost all of their code with another row: under `-m slow`.
 SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "channel_mix_5", "channel_mix_6",
-        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "rwkv4_wide", "rwkv5"}
+        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "rwkv4_wide", "rwkv5", "rwkv6"}
 
 ROWS = [
     ("attention", Attention(num_heads=4)),
