@@ -89,6 +89,22 @@ def test_a_folder_comes_back_with_its_tokenizer_and_dtype(tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
 
 
+def test_a_failure_after_the_first_file_was_written_leaves_nothing_behind(tmp_path, capsys):
+    tensors = llama_folder(tmp_path / "given")
+    write_safetensors(tmp_path / "given" / "model.safetensors",
+                      {n: a for n, a in tensors.items() if n != "model.layers.0.mlp.up_proj.weight"})
+    assert lm("convert", tmp_path / "given", "--workdir", tmp_path / "run") == 2
+    assert "missing model.layers.0.mlp.up_proj.weight; not understood nothing" in capsys.readouterr().err
+    assert left(tmp_path) == ["given"]
+    write_safetensors(tmp_path / "given" / "model.safetensors", tensors)
+    assert lm("convert", tmp_path / "given", "--workdir", tmp_path / "run") == 0
+    for words, message in ((("--dtype", "float16", "--step", "3"), "no checkpoint of step 3"),
+                           (("--to", "blinkdl"), "BlinkDL has no names for")):
+        assert lm("convert", "--to", "hf", "--workdir", tmp_path / "run", "--out", tmp_path / "out", *words) == 2
+        assert message in capsys.readouterr().err
+        assert left(tmp_path) == ["given", "run"]
+
+
 @pytest.mark.slow
 def test_a_converted_run_generates_and_is_evaluated_and_tuned(rwkv, tmp_path):
     path, _ = rwkv
