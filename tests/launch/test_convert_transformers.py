@@ -89,6 +89,21 @@ def test_half_precision_comes_back_bit_by_bit(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_lone_tokenizer_file_becomes_one_that_transformers_loads(tmp_path):
+    import tokenizers
+    import transformers
+    random_model("llama").save_pretrained(tmp_path / "given")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    lm("convert", tmp_path / "given", "--workdir", tmp_path / "run", "--tokenizer", tmp_path / "tokenizer.json")
+    lm("convert", "--to", "hf", "--workdir", tmp_path / "run", "--out", tmp_path / "back")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert loaded("b a </s>", add_special_tokens=False).input_ids == [4, 3, 2]
+    assert (loaded.bos_token, loaded.eos_token) == ("<s>", "</s>")
+
+
 def test_a_file_of_torch_save(tmp_path):
     """BlinkDL's names, as torch itself writes them."""
     import torch
