@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu
+from pallas_kernels.arguments import vary_alike
 
 Array = jax.Array
 WIDTH = 128         # channels of a block: the threads of a warpgroup
@@ -69,11 +70,12 @@ def call(name: str, plan: Plan, body: Callable, inputs: Sequence[Array], others:
 
     kernel.__name__ = name
     # A thread reads and writes its own channel alone, so no barrier is wanted between a read and a write of a row.
-    return plgpu.kernel(
+    made = plgpu.kernel(
         kernel, out_type=[*outputs, *rows], grid=(plan.batch, plan.width // WIDTH), grid_names=("batch", "channels"),
         scratch_types=[*memory, plgpu.Barrier(num_arrivals=len(inputs), num_barriers=plan.slots)],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **gpu.interpret_mosaic(),
     )(*others, *inputs)
+    return list(vary_alike(*inputs, *made)[len(inputs):])       # `plgpu.kernel` forgets the axes of jax.shard_map
 
 
 class Place(NamedTuple):
@@ -117,6 +119,23 @@ class Place(NamedTuple):
         carry = jax.lax.fori_loop(0, plan.blocks, one, carry)
         plgpu.wait_smem_to_gmem(0)
         return carry
+
+    def read(self, ref, *index) -> Array:
+        """The row of the place's channels in float32, from global memory [B, *index, C].
+
+        Inside of jax.shard_map what is read has a type that varies over the mesh, and what is computed has not; loops
+        want one type, so the row is computed, too: times 1.
+        """
+        return ref[self.row, *index, self.channels].astype(jnp.float32) * 1.0
+
+    def write(self, ref, value: Array, *index) -> None:
+        """The opposite, into an array of float32."""
+        ref[self.row, *index, self.channels] = value
+
+    def full(self, value: float) -> Array:
+        """A row of one value that loops can carry: each thread holds its own, as it does of rows that were read."""
+        layout = self.plgpu.Layout.WG_STRIDED((WIDTH,), 1)
+        return self.plgpu.layout_cast(jnp.full((WIDTH,), value, jnp.float32), layout)
 
     def in_groups(self, start, words: Sequence, backwards: bool, group: Callable, carry):
         """carry = group(first, moments, carry) over the groups of a block; moments: (forget, here) of each step.

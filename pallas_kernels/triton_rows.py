@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 Array = jax.Array
-WIDTH = 64          # channels of a program, two a thread of its one warp: 128 bytes of bfloat16 a step
+WIDTH = 32          # channels of a program: one a thread of its one warp, so that many programs hide each other's waits
 WARPS = 1
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import current_platform
-from pallas_kernels.linear_scan.api import _MODULES, IMPLEMENTATIONS, linear_scan
+from pallas_kernels.linear_scan.api import _MODULES, linear_scan
 from pallas_kernels.timing import medians
 
 Array = jax.Array
@@ -27,12 +27,9 @@ def associative(a: Array, b: Array, h0: Array) -> tuple[Array, Array]:
 
 def candidates() -> dict[str, Callable]:
     """Every implementation that this platform has, by name."""
-    names = [name for name in IMPLEMENTATIONS if not name.startswith("pallas") or _serves(name)]
+    names = [name for name, module in _MODULES.items()
+             if not hasattr(module, "unsupported") or module.unsupported("float32", current_platform()) is None]
     return {name: functools.partial(linear_scan, implementation=name) for name in names} | {"associative": associative}
-
-
-def _serves(name: str) -> bool:
-    return _MODULES[name].unsupported("float32", current_platform()) is None
 
 
 def measure(shape: tuple[int, int, int], dtype=jnp.float32, rounds: int = 15) -> dict[str, dict[str, float]]:

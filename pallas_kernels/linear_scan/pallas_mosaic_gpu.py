@@ -89,8 +89,7 @@ def _forward_kernel(gates: Callable, place: Place, others, given, made, rows):
 
         return place.in_groups(start, words, False, group, h)
 
-    last_ref[place.row, place.channels] = place.through_time(given, made, False, block,
-                                                             h0_ref[place.row, place.channels])
+    place.write(last_ref, place.through_time(given, made, False, block, place.read(h0_ref)))
 
 
 def _backward_kernel(decay: Callable, pull: Callable, place: Place, others, given, made, rows):
@@ -98,12 +97,11 @@ def _backward_kernel(decay: Callable, pull: Callable, place: Place, others, give
     h0_ref, dh_last_ref, *words = others
     (dh0_ref,) = rows
     h_global = given[-2]
-    h0 = h0_ref[place.row, place.channels]
+    h0 = place.read(h0_ref)
 
     def block(start, refs, outputs, mu):
         # Of the block before only its last state is wanted: it is asked for now and used last.
-        before_block = h_global[place.row, jnp.maximum(start - 1, 0), place.channels].astype(jnp.float32)
-        before_block = jnp.where(start == 0, h0, before_block)
+        before_block = jnp.where(start == 0, h0, place.read(h_global, jnp.maximum(start - 1, 0)))
 
         def group(first, moments, mu):
             read = read_group(refs, first)
@@ -121,5 +119,4 @@ def _backward_kernel(decay: Callable, pull: Callable, place: Place, others, give
 
         return place.in_groups(start, words, True, group, mu)
 
-    dh0_ref[place.row, place.channels] = place.through_time(given, made, True, block,
-                                                            dh_last_ref[place.row, place.channels])
+    place.write(dh0_ref, place.through_time(given, made, True, block, place.read(dh_last_ref)))

@@ -1,7 +1,7 @@
 """Triton kernel, for GPUs of compute capability 8.x and, by name, later ones. B batch, T time, C channels.
 
 A step is one multiply-add a channel, so a thread keeps the state of its channels in registers and goes through time.
-Neighbouring channels are neighbours in memory: each step of each array is one load of 128 bytes a warp, and the loads
+Neighbouring channels are neighbours in memory: each step of each array is one load of a warp, and the loads
 of a block of steps are under way while the block before is worked on.
 """
 

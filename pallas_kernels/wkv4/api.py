@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.wkv4 import chunked, pallas_tpu, reference
+from pallas_kernels.wkv4 import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference
 from pallas_kernels.wkv4.reference import EMPTY
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
+            "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 
@@ -36,8 +37,9 @@ def wkv4(w: Array, u: Array, k: Array, v: Array, state: Array | None = None, res
     as it is and lower the log weight by n w. From a state of RWKV-4 inference code, (num, den, max): the average is
     num / den, the log weight max + log(den).
 
-    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
-    order that serves. "pallas_tpu" has first derivatives; the others have all, and "reference" forward mode.
+    implementation: "pallas_tpu", "pallas_mosaic_gpu" (Hopper, Blackwell), "pallas_triton" (other NVIDIA GPUs),
+    "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that serves. The kernels
+    have first derivatives; the others have all, and "reference" forward mode.
 
     Raises ValueError for shapes and dtypes that do not fit, T = 0, an unknown implementation and one that cannot serve.
     Source: Peng et al. 2023, arXiv 2305.13048, section 3.1.2 and appendix D.
@@ -61,6 +63,8 @@ def wkv4(w: Array, u: Array, k: Array, v: Array, state: Array | None = None, res
         check_dtypes("wkv4", ("bool",), reset=reset)
     name = dispatch.choose("wkv4", implementation, {
         "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
+        "pallas_mosaic_gpu": functools.partial(pallas_mosaic_gpu.unsupported, dtype),
+        "pallas_triton": functools.partial(pallas_triton.unsupported, dtype),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.timing import medians
-from pallas_kernels.wkv4.api import IMPLEMENTATIONS, wkv4
+from pallas_kernels.wkv4.api import _MODULES, wkv4
 
 Array = jax.Array
 SHAPES = ((8, 256, 256), (8, 512, 256), (8, 1024, 256), (1, 1024, 512), (8, 1024, 512))
@@ -25,7 +25,8 @@ def identity(w: Array, u: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
 def candidates() -> dict[str, Callable]:
     """Every implementation that this platform has, by name."""
-    names = [name for name in IMPLEMENTATIONS if name != "pallas_tpu" or current_platform() == "tpu"]
+    names = [name for name, module in _MODULES.items()
+             if not hasattr(module, "unsupported") or module.unsupported("float32", current_platform()) is None]
     return {name: functools.partial(wkv4, implementation=name) for name in names} | {"identity": identity}
 
 

@@ -14,7 +14,8 @@ def _case(name: str, dtype: str, reset: bool, batch: int = BATCH) -> Case:
         inputs["reset"] = array(batch, TIME, dtype="bool")
     size, small = batch * TIME * WIDTH, num_bytes({name: x for name, x in inputs.items() if name not in ("k", "v")})
     return Case(
-        name, wkv4, inputs, kernels=("pallas_tpu",), elements=size,
+        name, wkv4, inputs, kernels=("pallas_tpu", "pallas_mosaic_gpu", "pallas_triton"),
+        elements=size,
         # per step: y 6 and a division, the scale 4, the sums 5; three exponentials and a reciprocal
         work={"forward": Work(num_bytes(row) * 3 + small + num_bytes(state), vector=15 * size,
                               transcendental=4 * size),

@@ -38,6 +38,14 @@ class Row(NamedTuple):
     full_size: tuple[int, ...]          # as in a 1.5B model: what is compiled ahead of time
     scan: Scan | None = None
     narrow: tuple[str, ...] = ()        # inputs that follow the compute dtype; other floats stay float32
+    gpu_kernels: tuple[str, ...] = ()                       # implementations that are GPU kernels
+    gpu_cases: tuple[tuple[tuple[int, ...], str], ...] = ()
+    slow_gpu_sizes: tuple[tuple[int, ...], ...] = ()        # in both dtypes
+
+
+# Of [B, T, C] scans: a length off the block and one of a single step, a width off the tile and one of two tiles.
+GPU_SCAN = dict(gpu_kernels=("pallas_triton", "pallas_mosaic_gpu"), gpu_cases=(((1, 19, 5), "bfloat16"),),
+                slow_gpu_sizes=((3, 1, 33), (1, 37, 130), (1, 70, 128), (2, 16, 3)))
 
 
 def linear_scan_inputs(rng: np.random.Generator, batch: int, time: int, width: int) -> dict:
@@ -198,19 +206,20 @@ ROWS = [
         sizes=((2, 13, 5), (3, 1, 4), (1, 8, 3), (2, 64, 1)),
         kernels=("pallas_tpu",), kernel_cases=(((2, 7, 5), "float32"), ((1, 523, 130), "bfloat16")),
         slow_kernel_sizes=((2, 7, 5), (3, 1, 130), (1, 16, 520), (2, 128, 128), (9, 33, 1), (1, 523, 130)),
-        full_size=(8, 2048, 2048), scan=Scan(time=("a", "b", "reset"), state="h0"), narrow=("a", "b")),
+        full_size=(8, 2048, 2048), scan=Scan(time=("a", "b", "reset"), state="h0"), narrow=("a", "b"), **GPU_SCAN),
     Row("linear_scan_without_reset", linear_scan, linear_scan_oracle, without_reset(linear_scan_inputs),
         sizes=((2, 13, 5),), kernels=("pallas_tpu",), kernel_cases=(((3, 1, 130), "float32"),),
         slow_kernel_sizes=((1, 523, 130),), full_size=(8, 2048, 2048),
-        scan=Scan(time=("a", "b"), state="h0", reset=None), narrow=("a", "b")),
+        scan=Scan(time=("a", "b"), state="h0", reset=None), narrow=("a", "b"), **GPU_SCAN),
     Row("min_gru", min_gru, min_gru_oracle, gates_inputs("hidden", "gate"),
         sizes=((2, 13, 5), (3, 1, 4)), kernels=("pallas_tpu",), kernel_cases=(((2, 7, 5), "float32"),),
         slow_kernel_sizes=((1, 523, 130), (9, 33, 257)), full_size=(8, 2048, 2048),
-        scan=Scan(time=("hidden", "gate", "reset"), state="h0"), narrow=("hidden", "gate")),
+        scan=Scan(time=("hidden", "gate", "reset"), state="h0"), narrow=("hidden", "gate"), **GPU_SCAN),
     Row("min_lstm", min_lstm, min_lstm_oracle, gates_inputs("hidden", "forget", "take"), sizes=((1, 9, 3),),
         kernels=("pallas_tpu",), kernel_cases=(((1, 37, 130), "bfloat16"),),
         slow_kernel_sizes=((2, 7, 5), (1, 523, 257)), full_size=(8, 2048, 2048),
-        scan=Scan(time=("hidden", "forget", "take", "reset"), state="h0"), narrow=("hidden", "forget", "take")),
+        scan=Scan(time=("hidden", "forget", "take", "reset"), state="h0"), narrow=("hidden", "forget", "take"),
+        **GPU_SCAN),
     Row("wkv6", wkv6, wkv6_oracle, wkv6_inputs,
         sizes=((2, 19, 3, 5, 4), (3, 1, 2, 4, 7)),
         kernels=("pallas_tpu",), kernel_cases=(((1, 70, 2, 5, 4), "float32"),),
@@ -236,5 +245,5 @@ ROWS = [
     Row("wkv4", wkv4, wkv4_oracle, wkv4_inputs,
         sizes=((3, 13, 5), (4, 1, 3), (1, 70, 3)), kernels=("pallas_tpu",), kernel_cases=(((1, 19, 5), "bfloat16"),),
         slow_kernel_sizes=((2, 7, 5), (3, 1, 130), (1, 140, 1100), (9, 33, 1)), full_size=(8, 1024, 2048),
-        scan=Scan(time=("k", "v", "reset"), state="state"), narrow=("k", "v")),
+        scan=Scan(time=("k", "v", "reset"), state="state"), narrow=("k", "v"), **GPU_SCAN),
 ]
