@@ -11,6 +11,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "claim
 RECORDS = FOLDER / "results"
 PAGE = FOLDER.parent.parent / "docs" / "claims.md"
 FIGURES = PAGE.parent / "figures" / "claims"
+# What recording a run changes is no change of what ran.
+MADE_FROM_RESULTS = ("experiments/claims/results", "docs/claims.md", "docs/figures/claims")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +133,7 @@ def collect(begun: dict[str, Any], workdir: pathlib.Path, cells: list[Any], hash
     rows = [{"name": cell.name, "arm": cell.arm, "seed": cell.seed, "measure": cell.measure,
              "config_hash": hashes[cell.name], **store.read_cell(workdir, cell.name)} for cell in cells]
     here = pathlib.Path(__file__).resolve()
-    state = git_state(here.parent, here.name) or {"revision": None, "dirty": None}
+    state = git_state(here.parent, here.name, MADE_FROM_RESULTS) or {"revision": None, "dirty": None}
     packages = {name: version(name) for name in ("loomlm", "jax", "flax", "numpy")}
     return {key: begun[key] for key in ("claim", "full", "run", "started")} | {
         "revision": state["revision"], "dirty": state["dirty"], "python": platform.python_version(),

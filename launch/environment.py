@@ -31,10 +31,12 @@ def version(package: str) -> str | None:
         return None
 
 
-def git_state(folder: pathlib.Path, tracked: str | None = None) -> dict[str, Any] | None:
+def git_state(folder: pathlib.Path, tracked: str | None = None,
+              apart_from: tuple[str, ...] = ()) -> dict[str, Any] | None:
     """{"revision", "dirty"} of the repository around `folder`; None without one, or where git does not run.
 
-    tracked: a file that the repository must know: an installed copy may lie inside an unrelated one.
+    tracked: a file that the repository must know: an installed copy may lie inside an unrelated one. apart_from: paths
+    from the top of the repository whose changes do not make it dirty.
     """
     def git(*words: str) -> str | None:
         try:
@@ -47,7 +49,7 @@ def git_state(folder: pathlib.Path, tracked: str | None = None) -> dict[str, Any
     revision = git("rev-parse", "HEAD")
     if not revision or (tracked is not None and git("ls-files", "--error-unmatch", tracked) is None):
         return None
-    changes = git("status", "--porcelain")
+    changes = git("status", "--porcelain", "--", ":(top)", *(f":(top,exclude){path}" for path in apart_from))
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 

@@ -34,6 +34,10 @@ def test_the_revision_and_whether_files_differ_from_it(repository):
     assert state["dirty"] is False
     (repository / "exp.py").write_text("x = 2\n")
     assert git_state(repository) == {**state, "dirty": True}
+    assert git_state(repository, apart_from=("exp.py",)) == state
+    (repository / "new.txt").write_text("x")
+    assert git_state(repository, apart_from=("exp.py",))["dirty"]
+    assert not git_state(repository, apart_from=("exp.py", "new.txt"))["dirty"]
 
 
 def test_no_repository_no_git_and_a_file_the_repository_does_not_know(repository, tmp_path, monkeypatch):
