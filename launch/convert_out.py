@@ -34,6 +34,7 @@ def write_out(args: argparse.Namespace) -> str:
     vocab = build_model(group, tokenizer.vocab_size).vocab_size
     dtype = args.dtype or source.get("dtype", "float32")
     out = pathlib.Path(args.out).expanduser().absolute()
+    note = ""
     with staged(out) as stage:
         params, step = restore_params(args.workdir, None, args.step, ema=args.ema)
         if "lora" in params:
@@ -50,11 +51,14 @@ def write_out(args: argparse.Namespace) -> str:
             special = {name: value for name, value in special.items() if value is not None and name not in hf}
             stage.mkdir()
             (stage / "config.json").write_text(json.dumps({**hf, **made, **special, "dtype": dtype}, indent=2) + "\n")
-            for name, data in tokenizer_files(tokenizer).items():
+            files = tokenizer_files(tokenizer)
+            for name, data in files.items():
                 (stage / name).write_bytes(data)
+            if not files:
+                note = f" (without a tokenizer: transformers has none like {type(tokenizer).__name__})"
             write_safetensors(stage / SINGLE, tensors)
     return (f"step {step} of {args.workdir}: {num_params(params):,} parameters in {len(tensors)} tensors, {dtype} -> "
-            f"{args.out}")
+            f"{args.out}{note}")
 
 
 def source_of(workdir: str, config: Any) -> dict[str, Any]:

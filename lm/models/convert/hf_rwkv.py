@@ -55,4 +55,4 @@ def hf_config(model: Mapping[str, Any], max_len: int) -> dict[str, Any]:
         intermediate_size=model["channel_mix"]["mlp_dim"], num_hidden_layers=model["num_layers"],
         context_length=max_len, layer_norm_epsilon=1e-5, tie_word_embeddings=model["tie_embeddings"],
         # Halving the stream every few layers is for float16, and changes what norms see.
-        rescale_every=0, bos_token_id=0, eos_token_id=0, use_cache=True)
+        rescale_every=0)

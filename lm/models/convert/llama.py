@@ -70,5 +70,4 @@ def hf_config(model: Mapping[str, Any], max_len: int) -> dict[str, Any]:
         head_dim=attention["head_dim"], hidden_act=act, max_position_embeddings=max_len,
         rms_norm_eps=1e-6 if model["norm_eps"] is None else model["norm_eps"],
         rope_theta=theta, rope_parameters=dict(rope_type="default", rope_theta=theta),
-        tie_word_embeddings=model["tie_embeddings"], attention_bias=attention["use_bias"], mlp_bias=mlp["use_bias"],
-        pretraining_tp=1, use_cache=True)
+        tie_word_embeddings=model["tie_embeddings"], attention_bias=attention["use_bias"], mlp_bias=mlp["use_bias"])
