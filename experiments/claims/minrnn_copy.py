@@ -1,6 +1,6 @@
 """Selective copying with gates that do not see the state.
 
-Claim: One layer of minGRU or minLSTM does not solve selective copying, and two layers do, exactly.
+Claim: One layer of minGRU or minLSTM does not solve selective copying; two layers give 99.9% of the answers or more.
 Command: lm claim minrnn_copy --workdir runs/claims/minrnn_copy
 Hardware: 2 CPU cores.
 Expected: another implementation had found 0.825 for one layer and 1.000 for two after 1500 steps. The thresholds were
@@ -39,7 +39,7 @@ def grid(full: bool = False) -> list[dict]:
 
 
 def check(results: list[dict]) -> dict:
-    """The best seed of one layer fails, the mean of two layers or more is exact."""
+    """The best seed of one layer stays under its limit, the mean of two layers or more reaches theirs."""
     found = base.by_arm(results, ACCURACY)
     criteria = []
     for arm, values in found.items():

@@ -45,7 +45,7 @@ def draw(figure: Mapping[str, Any], title: str) -> bytes:
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     out = io.BytesIO()
     # Without the version of matplotlib in the file: the same numbers give the same bytes for longer.
     made.savefig(out, format="png", metadata={"Software": None})
