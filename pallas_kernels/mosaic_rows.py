@@ -73,7 +73,8 @@ def call(name: str, plan: Plan, body: Callable, inputs: Sequence[Array], others:
     made = plgpu.kernel(
         kernel, out_type=[*outputs, *rows], grid=(plan.batch, plan.width // WIDTH), grid_names=("batch", "channels"),
         scratch_types=[*memory, plgpu.Barrier(num_arrivals=len(inputs), num_barriers=plan.slots)],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **gpu.interpret_mosaic(),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True,
+                                             lowering_semantics=plgpu.LoweringSemantics.Lane), **gpu.interpret_mosaic(),
     )(*others, *inputs)
     return list(vary_alike(*inputs, *made)[len(inputs):])       # `plgpu.kernel` forgets the axes of jax.shard_map
 

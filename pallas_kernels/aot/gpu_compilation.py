@@ -45,8 +45,8 @@ def kernels_in(compiled: jax.stages.Compiled) -> list[str]:
 def resources(folder: pathlib.Path, kernels: list[str]) -> dict[str, dict[str, int]]:
     """{kernel: {"registers": a thread, "spills": bytes stored and loaded}} of what was compiled with dumps to `folder`.
 
-    Mosaic GPU writes down what ptxas said; of XLA's own modules, Triton kernels among them, there is the PTX, which
-    ptxas is asked about here. Raises FileNotFoundError for a kernel that neither has.
+    Mosaic GPU writes down what ptxas said; of XLA's own modules, and with jax 0.10 Triton kernels are in them, there is
+    the PTX, which ptxas is asked about here. Kernels of which nothing was left, as Triton's since jax 0.11, are left out.
     """
     said = [path.read_text() for path in sorted(folder.glob("*.ptxas"))]
     said += [_ptxas(path) for path in sorted(folder.glob("*.ptx"))
@@ -58,10 +58,6 @@ def resources(folder: pathlib.Path, kernels: list[str]) -> dict[str, dict[str, i
                 one = out.setdefault(name, dict(registers=0, spills=0))
                 one["registers"] = max(one["registers"], int(registers))
                 one["spills"] += int(stores) + int(loads)
-    missing = [name for name in kernels if name not in out]
-    if missing:
-        raise FileNotFoundError(f"ptxas said nothing of {', '.join(missing)}; in {folder} are "
-                                f"{', '.join(path.name for path in folder.glob('*.ptx*')) or 'no PTX files'}")
     return out
 
 
