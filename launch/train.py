@@ -83,7 +83,8 @@ class Prepared:
                            num_threads=data.num_threads, prefetch=data.prefetch, num_workers=data.num_workers)
 
         return Experiment(
-            apply=make_apply(self.model), objective=build_objective(self.config.loss.to_dict()), recipe=self.recipe,
+            apply=make_apply(self.model), objective=build_objective(
+                self.config.loss.to_dict(), carry_state=self.options.carry_state), recipe=self.recipe,
             batches=batches, batch_at=self.train_set.batch, evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
@@ -117,12 +118,14 @@ def prepare(config: Any) -> Prepared:
     from lm.data.loader import build_dataset
     from lm.models.build import abstract_params, build_model
     from lm.optim.builder import build_optimizer
+    from lm.train.carried import carried_state
     from lm.train.state import Recipe
 
     options, mesh_options = configs.options(config, "train"), configs.options(config, "mesh")
     mesh = make_mesh(mesh_options.sizes, dcn=mesh_options.dcn)
     check_batch(options.batch_size, options.seq_len, mesh, options.microbatches)
     data = configs.options(config, "data")
+    check_carry(options, data, config)
     corpora = load_corpora(data)
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
                               seq_len=options.seq_len, corpora=corpora)
@@ -144,13 +147,28 @@ def prepare(config: Any) -> Prepared:
                                        options.lora_match)
         return params
 
-    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps))
+    carry = tuple
+    if options.carry_state:
+        carry = carried_state(model.initial_state, options.batch_size, options.microbatches)
+    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps), carry)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     data = f"{train_set.num_tokens:,} training tokens" if train_set.num_tokens else f"new rows of {train_set.name}"
     headline = (f"{num_params(shapes):,} parameters, {data}, batches of "
                 f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
     return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline)
+
+
+def check_carry(options: Any, data: Any, config: Any) -> None:
+    """Raises ValueError where a state would be carried into other text, or rows go on and nothing is carried."""
+    from lm.data.lanes import LANES
+    if options.carry_state != (data.packing == LANES):
+        raise ValueError(f"config.train.carry_state={options.carry_state} and config.data.packing={data.packing!r} do "
+                         f"not fit: a state is carried along lanes, and only there; set train.carry_state=True and "
+                         f"data.packing='lanes', or neither")
+    if options.carry_state and config.model.max_positions is not None:
+        raise ValueError("config.train.carry_state lets documents go on beyond any number of positions; leave out "
+                         "model.max_positions")
 
 
 def write_parameters(workdir: str, prepared: Prepared) -> None:

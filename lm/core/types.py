@@ -146,10 +146,13 @@ class Objective(Protocol):
     `weights` maps each term's name to a number or to a function of the step. `counts(batch)` gives each term's count
     from the batch alone: with it the gradient of a microbatch is divided by the count of the whole batch, which makes
     accumulation exact. A term whose value does not add up over microbatches is listed in `not_additive`.
+    `carry_per_row`: the carry belongs to the rows of the batch, so each microbatch has its own, stacked on a leading
+    axis of every leaf; False hands one carry from microbatch to microbatch.
     """
 
     weights: Mapping[str, Any]
     not_additive: tuple[str, ...]
+    carry_per_row: bool
 
     def counts(self, batch: Batch) -> Mapping[str, Array]: ...
 

@@ -15,9 +15,10 @@ from lm.core.batch import Batch
 from lm.core.fields import check_known
 from lm.data.corpora import Corpora, load_corpora
 from lm.data.hashing import digest, fold
+from lm.data.lanes import LANES
 from lm.data.mixture import choose, proportions
 from lm.data.options import DataOptions, data_options
-from lm.data.rows import Rows, empty_batch, fill_rows
+from lm.data.rows import LaneRows, Rows, empty_batch, fill_rows
 from lm.data.synthetic import TASKS
 from lm.data.synthetic.dataset import SyntheticDataset
 from lm.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ SPLITS = ("train", "validation")
 class RowReader:
     """Rows of a mixture by number. Small to send to worker processes: no tokenizer, no caches."""
 
-    def __init__(self, sources: list[Rows], shares: tuple[int, ...], seq_len: int) -> None:
+    def __init__(self, sources: list[Rows] | list[LaneRows], shares: tuple[int, ...], seq_len: int) -> None:
         self.sources, self.shares, self.seq_len = sources, shares, seq_len
 
     def read(self, places: list[tuple[int, int] | None]) -> Batch:
@@ -63,8 +64,13 @@ class TokenDataset:
         parts = getattr(corpora, split)
         # A source that stands alone is shuffled the same whatever its name: prepared or not, the batches are equal.
         keys = {name: fold(seed, name if len(parts) > 1 else "") for name in parts}
-        sources = [Rows(part, seq_len=seq_len, packing=options.packing, window=options.packing_window,
-                        shuffle=options.shuffle, key=keys[name], name=name) for name, part in parts.items()]
+        common = {name: dict(seq_len=seq_len, shuffle=options.shuffle, key=keys[name], name=name) for name in parts}
+        if options.packing == LANES and split == "train":
+            sources = [LaneRows(part, batch_size=batch_size, **common[name]) for name, part in parts.items()]
+        else:  # what is evaluated starts afresh in every row
+            packing = "concat" if options.packing == LANES else options.packing
+            sources = [Rows(part, packing=packing, window=options.packing_window, **common[name])
+                       for name, part in parts.items()]
         # Rows are equally long, so shares of tokens are shares of rows, corrected for padding.
         rates = [s.part.weight * (1 / s.packing_efficiency if options.mixture == "tokens"
                                   else s.num_rows / len(s.part.documents)) for s in sources]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.core.fields import build, check_known, fill, option
+from lm.data.lanes import LANES
 from lm.data.packing import PACKINGS
 from lm.data.synthetic import TASKS
 
@@ -92,7 +93,9 @@ class DataOptions(SourceOptions):
               "None is what prepared data was made with, else bytes")
     add_bos: bool = option(False, "begin documents with the tokenizer's bos id, so that the first token is predicted")
     add_eos: bool = option(False, "predict the tokenizer's eos id after the last token of every document")
-    packing: str = option("first_fit", "first_fit keeps documents up to seq_len whole; concat joins and cuts them")
+    packing: str = option("first_fit", "first_fit keeps documents up to seq_len whole; concat joins and cuts them; "
+                                       "lanes does, and each row goes on where it ended in the batch before (for "
+                                       "train.carry_state)")
     packing_window: int | None = option(None, "documents (first_fit) or rows (concat) planned and shuffled together; "
                                               "None chooses from the lengths")
     shuffle: bool = option(True, "False keeps documents and rows in the order of the source")
@@ -103,10 +106,12 @@ class DataOptions(SourceOptions):
     def check(self, where: str = "config.data") -> None:
         """Raises ValueError for impossible combinations, in this group and in each source."""
         super().check(where)
-        check_known([self.packing], PACKINGS, f"{where}.packing", "way")
+        check_known([self.packing], (*PACKINGS, LANES), f"{where}.packing", "way")
         check_known([self.mixture], ("tokens", "documents"), f"{where}.mixture", "unit")
         if self.sources and (self.source or self.path or self.texts):
             raise ValueError(f"{where} gives both source and sources; move {self.kind!r} into sources, or drop sources")
+        if self.packing == LANES and (len(self.sources) > 1 or self.packing_window is not None):
+            raise ValueError(f"{where}.packing='lanes' takes one source and no packing_window; leave them out")
         fraction = self.validation_fraction
         if fraction is not None and not 0 <= fraction < 1:
             raise ValueError(f"{where}.validation_fraction must be at least 0 and below 1; got {fraction}")

@@ -15,11 +15,13 @@ _BLOCK = 1 << 20  # elements of the [windows, rows] table that first-fit works o
 
 
 class Pieces(NamedTuple):
-    """The pieces of one row in order, each field [number of pieces] int64."""
+    """The pieces of one row in order, each field [number of pieces] int64. position: of the first input; above 0 only
+    where the row goes on with the document of another."""
 
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    position: np.ndarray
 
 
 def first_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -110,6 +112,7 @@ class FirstFit:
             np.concatenate([documents[which], documents[tail]]),
             np.concatenate([nth * self._seq_len, full[tail] * self._seq_len]),
             np.concatenate([np.full(num_full, self._seq_len), rest[tail]]),
+            np.zeros(num_full + len(tail), np.int64),
         )
         row = np.concatenate([np.arange(num_full), num_full + rest_row[0, tail]])
         num_rows = int(self.row_bounds[window + 1] - self.row_bounds[window])
@@ -149,7 +152,7 @@ class Concat:
         first, last = np.searchsorted(bounds, begin, "right") - 1, np.searchsorted(bounds, end, "left")
         start = np.maximum(bounds[first:last], begin)
         stop = np.minimum(bounds[first + 1:last + 1], end)
-        return Pieces(order[first:last], start - bounds[first:last], stop - start)
+        return Pieces(order[first:last], start - bounds[first:last], stop - start, np.zeros(last - first, np.int64))
 
 
 PACKINGS = {"first_fit": FirstFit, "concat": Concat}

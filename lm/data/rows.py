@@ -10,7 +10,8 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.data.corpora import Part
 from lm.data.corpus import Corpus
-from lm.data.packing import PACKINGS, Pieces, RowOrder
+from lm.data.lanes import Lanes
+from lm.data.packing import PACKINGS, Concat, Pieces, RowOrder
 
 
 def empty_batch(batch_size: int, seq_len: int) -> Batch:
@@ -25,7 +26,7 @@ def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpu
     """Writes the i-th pieces into row rows[i] of a batch made by `empty_batch`, in place."""
     seq_len = batch.tokens.shape[1]
     counts = np.array([len(p.document) for p in pieces])
-    document, start, length = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    document, start, length, begin = (np.concatenate(column) for column in zip(*pieces, strict=True))
     inputs, targets, known = corpus.gather(document, start, length)
     before = np.cumsum(length) - length  # of each piece, over all rows
     first = np.cumsum(counts) - counts  # of each row, over all pieces
@@ -41,7 +42,7 @@ def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpu
     flat.targets[at] = np.where(known, targets, 0)
     flat.weights[at] = known
     flat.segment_ids[at] = np.repeat(np.arange(len(length)) - np.repeat(first, counts) + 1, length)
-    flat.positions[at] = position
+    flat.positions[at] = position + np.repeat(begin, length)
 
 
 class Rows:
@@ -66,4 +67,28 @@ class Rows:
     def pieces(self, index: int) -> Pieces:
         """What stands in the index-th row; `document` numbers the whole corpus."""
         found = self._plan.pieces(*self._order(index))
-        return Pieces(self.part.documents[found.document], found.start, found.length)
+        return found._replace(document=self.part.documents[found.document])
+
+
+class LaneRows:
+    """Rows of one source in lanes: row i goes on where row i - batch_size ended, with the positions of its document.
+
+    num_rows: rows of an epoch. num_inputs: tokens of an epoch that stand in rows.
+    """
+
+    packing_efficiency = 1.0
+
+    def __init__(self, part: Part, *, seq_len: int, batch_size: int, shuffle: bool, key: int, name: str) -> None:
+        self.part, self.seq_len, self.name = part, seq_len, name
+        lengths = part.corpus.inputs[part.documents]
+        self._plan = Concat(lengths, seq_len, key=key, window=None, shuffle=shuffle)
+        self._lanes = Lanes(int(lengths.sum()), seq_len=seq_len, batch_size=batch_size)
+        self.num_rows, self.num_inputs = self._lanes.num_rows, self._lanes.num_rows * seq_len
+
+    def pieces(self, index: int) -> Pieces:
+        """What stands in the index-th row; `document` numbers the whole corpus."""
+        place = self._lanes(index)
+        found = self._plan.pieces(place.epoch, place.row)
+        # A row begins inside a document where it goes on; one that was cut by the start of the lane begins there.
+        return found._replace(document=self.part.documents[found.document],
+                              position=np.minimum(found.start, place.window * self.seq_len))

@@ -64,8 +64,8 @@ def _weight(name: str, value: Any) -> float:
     return float(value)
 
 
-def build_objective(config: Mapping[str, Any]) -> Objective:
-    """The objective that the `loss` group describes (resolved or not)."""
+def build_objective(config: Mapping[str, Any], *, carry_state: bool = False) -> Objective:
+    """The objective that the `loss` group describes (resolved or not). carry_state: rows go on from step to step."""
     resolved = resolve_loss(config)
     chunk = resolved.pop(CHUNK)
     terms = {}
@@ -76,4 +76,4 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
             terms[name] = Term(loss, value["weight"])
         else:
             terms[name] = Term(LOSSES[name], value)
-    return LanguageModeling(terms, chunk)
+    return LanguageModeling(terms, chunk, carry_state)

@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+
 from lm.core.batch import Batch
-from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Params, TokenScores
+from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Output, Params, State, TokenScores
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
 
@@ -13,11 +15,13 @@ from lm.losses.cross_entropy import token_scores
 class LanguageModeling:
     """Objective: for each term, the mean of its loss over the targets, weighted by `batch.weights`.
 
-    chunk: positions whose logits exist at a time; None picks by memory.
+    chunk: positions whose logits exist at a time; None picks by memory. carry_per_row: rows go on from the model's
+    state after the batch before, which is the carry; else they start fresh.
     """
 
     terms: Mapping[str, Term]
     chunk: int | None = None
+    carry_per_row: bool = False
     not_additive: tuple[str, ...] = ()
 
     @property
@@ -33,13 +37,22 @@ class LanguageModeling:
     def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
                  key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
         """(means of the terms, carry, {"accuracy": share of targets that are the most probable token})."""
-        scores = score_batch(apply, params, batch, key, self.chunk)
+        state = jax.lax.stop_gradient(carry) if self.carry_per_row else None
+        out = forward(apply, params, batch, key, state)
+        scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
         means = {name: Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
-        return means, carry, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights)}
+        after = out.state if self.carry_per_row else carry
+        return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights)}
+
+
+def forward(apply: Apply, params: Params, batch: Batch, key: Key | None = None, state: State = None) -> Output:
+    """The model's output on a batch of packed documents, which go on from `state` where there is one."""
+    return apply(params, batch.tokens, state, reset=batch.reset, positions=batch.positions, weights=batch.present,
+                 key=key)
 
 
 def score_batch(apply: Apply, params: Params, batch: Batch, key: Key | None = None,
                 chunk: int | None = None) -> TokenScores:
     """Scores of every target of a batch of packed documents, from fresh states."""
-    out = apply(params, batch.tokens, reset=batch.reset, positions=batch.positions, weights=batch.present, key=key)
+    out = forward(apply, params, batch, key)
     return token_scores(out.hidden, out.head, batch.targets, chunk=chunk)

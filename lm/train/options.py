@@ -21,6 +21,8 @@ class TrainOptions:
                                                    "code 76, or skip the update and go on")
     max_skips: int = option(10, "with on_nonfinite='skip': stop after this many skipped updates in a row")
     per_microbatch: bool = option(False, "allow terms that do not add up over microbatches, computed in each alone")
+    carry_state: bool = option(False, "truncated backpropagation through time: rows go on from the model's state after "
+                                      "the step before; needs data.packing='lanes' and a state of constant size")
     hang_seconds: float | None = option(None, "a step that takes longer (after compilation) ends the run with code 77")
     lora_rank: int | None = option(None, "train adapters of this rank and freeze the rest; None trains everything")
     lora_match: str = option(r".*/kernel", "regular expression of the kernels that get an adapter")

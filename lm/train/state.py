@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.core.sharding import shardings
@@ -33,12 +34,13 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is needed to make a state: `init(key)` gives fresh variables, `boxed` their shapes with logical axes."""
+    """What is needed to make a state: `init(key)` gives fresh variables, `boxed` their shapes with logical axes,
+    `carry()` the objective's carry before the first step, boxed likewise where it is split."""
 
     init: Callable[[Key], Params]
     boxed: PyTree
     optimizer: Optimizer
-    carry: Carry = ()
+    carry: Callable[[], Carry] = tuple
 
     def fresh(self, seed: int | Array) -> TrainState:
         """The state before the first step. Pure; meant to be traced."""
@@ -50,7 +52,8 @@ class Recipe:
         """The state before the first step from these parameters."""
         ema = params if self.optimizer.options.ema_decay is not None else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, self.optimizer.tx.init(params), self.carry, jax.tree.map(jnp.array, ema), key,
+        return TrainState(zero, params, self.optimizer.tx.init(params),
+                          nn.meta.unbox(self.carry()), jax.tree.map(jnp.array, ema), key,
                           bad_step=zero - 1, skips=zero, skipped=zero)
 
     def shardings(self, mesh: Mesh) -> TrainState:
@@ -60,7 +63,7 @@ class Recipe:
         whole = NamedSharding(mesh, PartitionSpec())
         return TrainState(
             step=whole, params=params, opt_state=opt_state_shardings(self.optimizer.tx, shapes.params, params, mesh),
-            carry=jax.tree.map(lambda _: whole, shapes.carry), ema=None if shapes.ema is None else params,
+            carry=shardings(jax.eval_shape(self.carry), mesh), ema=None if shapes.ema is None else params,
             key=whole, bad_step=whole, skips=whole, skipped=whole)
 
     def abstract(self, mesh: Mesh) -> TrainState:

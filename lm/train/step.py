@@ -52,7 +52,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
         trainable = select(state.params, optimizer.trainable_mask)
         loss, grads, (means, carry, metrics) = accumulate(
             lambda carry, part, key: gradient(trainable, state.params, carry, part, counts, state.step, key),
-            state.carry, batch, step_key, microbatches)
+            state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -86,31 +86,36 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
     return train_step
 
 
-def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch: Batch, key: Key,
-               microbatches: int) -> tuple[Array, Params, tuple[Mapping[str, Mean], Carry, Mapping[str, Mean]]]:
+def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch: Batch, key: Key, microbatches: int, *,
+               carry_per_row: bool = False
+               ) -> tuple[Array, Params, tuple[Mapping[str, Mean], Carry, Mapping[str, Mean]]]:
     """(loss, gradient, (means, carry, metrics)) of a batch, in one piece or summed over microbatches in order.
 
     Microbatch m takes rows m, m + M, m + 2M, ...: each device gives the same share of its own rows to every one.
+    carry_per_row: every leaf of the carry is [M, ...], and microbatch m has the m-th; else they hand on one carry.
     """
-    if microbatches == 1:
-        (loss, aux), grads = gradient(carry, batch, key)
-        return loss, grads, aux
-
     def cut(leaf):
         leaf = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:]).swapaxes(0, 1)
         return constrain(leaf, None, "batch", "length")
 
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    if microbatches == 1:
+        (loss, (means, after, metrics)), grads = gradient(first(carry) if carry_per_row else carry, batch, key)
+        after = jax.tree.map(lambda leaf: leaf[None], after) if carry_per_row else after
+        return loss, grads, (means, after, metrics)
+
     parts = jax.tree.map(cut, batch)
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
-    shapes = jax.eval_shape(gradient, carry, first, key)
+    shared, own = (None, carry) if carry_per_row else (carry, None)
+    shapes = jax.eval_shape(gradient, first(own) if carry_per_row else shared, first(parts), key)
     (loss, (means, _, metrics)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(sums, inputs):
-        loss, grads, means, metrics, carry = sums
-        index, part = inputs
-        (l, (m, carry, r)), g = gradient(carry, part, jax.random.fold_in(key, index))
-        return (loss + l, jax.tree.map(jnp.add, grads, g), add_means(means, m), add_means(metrics, r), carry), None
+        loss, grads, means, metrics, shared = sums
+        index, part, own = inputs
+        (l, (m, after, r)), g = gradient(own if carry_per_row else shared, part, jax.random.fold_in(key, index))
+        shared, own = (None, after) if carry_per_row else (after, None)
+        return (loss + l, jax.tree.map(jnp.add, grads, g), add_means(means, m), add_means(metrics, r), shared), own
 
-    (loss, grads, means, metrics, carry), _ = jax.lax.scan(
-        body, (loss, grads, means, metrics, carry), (jnp.arange(microbatches), parts))
-    return loss, grads, (means, carry, metrics)
+    (loss, grads, means, metrics, shared), own = jax.lax.scan(
+        body, (loss, grads, means, metrics, shared), (jnp.arange(microbatches), parts, own))
+    return loss, grads, (means, own if carry_per_row else shared, metrics)

@@ -21,7 +21,8 @@ def rows_of(plan, epoch):
 def test_every_input_is_in_exactly_one_row_of_an_epoch(lengths, seq_len, packing, seed, window, shuffle, epoch):
     plan = PACKINGS[packing](np.array(lengths), seq_len, key=seed, window=window, shuffle=shuffle)
     seen = [np.zeros(n, int) for n in lengths]
-    for document, start, length in rows_of(plan, epoch):
+    for document, start, length, position in rows_of(plan, epoch):
+        assert not position.any()
         assert len(document) > 0 and length.min() > 0 and 0 < length.sum() <= seq_len
         for d, s, n in zip(document, start, length, strict=True):
             seen[d][s:s + n] += 1
@@ -33,7 +34,7 @@ def test_every_input_is_in_exactly_one_row_of_an_epoch(lengths, seq_len, packing
 @given(lengths_of, st.integers(1, 16), st.integers(0, 5), st.one_of(st.none(), st.integers(1, 7)))
 def test_first_fit_keeps_documents_up_to_seq_len_whole_and_cuts_others_at_multiples(lengths, seq_len, seed, window):
     plan = FirstFit(np.array(lengths), seq_len, key=seed, window=window, shuffle=True)
-    for document, start, length in rows_of(plan, 0):
+    for document, start, length, _ in rows_of(plan, 0):
         assert (start % seq_len == 0).all()
         assert ((length == seq_len) | (start + length == np.array(lengths)[document])).all()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = str(HERE / "tiny_experiment.py")
-FEW_DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 
 
 def start(workdir, *flags: str, devices: int = 1, command: str = "train", **env: str) -> subprocess.Popen:
@@ -19,7 +19,7 @@ def start(workdir, *flags: str, devices: int = 1, command: str = "train", **env:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", command, *config, "--workdir", str(workdir), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parent.parent,
-        env={**os.environ, "XLA_FLAGS": FEW_DEVICES + str(devices), **env})
+        env={**os.environ, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}", **env})
 
 
 def finish(process: subprocess.Popen, timeout: float = 180) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from lm.models.build import abstract_params, build_model, make_apply
 from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
 from lm.tasks.build import build_objective
+from lm.train.carried import carried_state
 from lm.train.feed import to_device
 from lm.train.state import Recipe
 from lm.train.step import make_train_step
@@ -37,24 +38,26 @@ def packed_batch(step: int, vocab: int = VOCAB) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), segments, positions)
 
 
-def make_recipe(model, optimizer):
+def make_recipe(model, optimizer, carry=tuple):
     def init(key):
         params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
         return jax.tree.map(lambda a: a.astype(model.dtype), params) if model.dtype == "float64" else params
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return Recipe(init, abstract_params(model), build_optimizer(OptimizerOptions(**optimizer), shapes, 100))
+    return Recipe(init, abstract_params(model), build_optimizer(OptimizerOptions(**optimizer), shapes, 100), carry)
 
 
 def losses(*, optimizer=ADAMW, mesh=None, devices=None, steps=10, model=None, batch_of=packed_batch, loss=None,
-           return_state=False, **step_options):
+           return_state=False, carry_state=False, microbatches=1, **step_options):
     """The loss of each step of a run, and the last state where asked for."""
     built = build_model({**MODEL, **(model or {})}, VOCAB)
-    recipe = make_recipe(built, optimizer)
+    recipe = make_recipe(built, optimizer,
+                         carried_state(built.initial_state, B, microbatches) if carry_state else tuple)
+    objective = build_objective(loss or {"next_token": 1.0, "z_loss": 1e-3}, carry_state=carry_state)
     mesh = make_mesh(mesh or {"data": 1}, devices=jax.devices()[:1] if mesh is None else devices)
     with jax.set_mesh(mesh):
         state = recipe.create(0, mesh)
-        step = jax.jit(make_train_step(make_apply(built), build_objective(loss or {"next_token": 1.0, "z_loss": 1e-3}),
-                                       recipe.optimizer, **step_options),
+        step = jax.jit(make_train_step(make_apply(built), objective, recipe.optimizer, microbatches=microbatches,
+                                       **step_options),
                        donate_argnums=0, out_shardings=(recipe.shardings(mesh), None))
         found = []
         for n in range(steps):

@@ -189,3 +189,16 @@ def test_a_refused_start_leaves_the_workdir_as_it_was(complete, tmp_path):
     code, out = run(tmp_path / "new", *LONG, "--init-from", str(tmp_path / "nowhere"))
     assert code == 2 and "no checkpoint in" in out, out
     assert not (tmp_path / "new" / "config.json").exists()  # or the right --init-from would be another config
+
+
+@pytest.mark.slow
+def test_a_carried_state_is_resumed_and_needs_its_lanes(tmp_path):
+    lanes = ("--config.train.carry_state=True", "--config.data.packing=lanes", "--config.train.steps=12",
+             "--config.model.pattern=('rwkv4/channel_mix', 'attention/mlp')", "--config.model.attention.window=16")
+    assert run(tmp_path / "whole", *lanes)[0] == 0
+    for steps in (5, 12):
+        code, out = run(tmp_path / "parts", *lanes, f"--config.train.steps={steps}")
+        assert code == 0, out
+    np.testing.assert_array_equal(losses(tmp_path / "parts"), losses(tmp_path / "whole"))
+    code, out = run(tmp_path / "refused", *lanes[:1])
+    assert code == 2 and "a state is carried along lanes" in out

@@ -1,0 +1,87 @@
+"""Windows of a text with the state carried between them are the whole text, but for gradients across their borders."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import runs
+from runs import ADAMW, VOCAB, B, T, losses, make_recipe
+
+from lm.core.batch import Batch
+from lm.core.sharding import make_mesh
+from lm.models.build import build_model, make_apply
+from lm.tasks.build import build_objective
+from lm.tasks.language_modeling import score_batch
+from lm.train.carried import carried_state
+from lm.train.step import make_train_step
+
+WINDOWS = 4
+MODEL = {**runs.MODEL, "pattern": ("rwkv4/channel_mix", "attention/mlp"), "attention": dict(num_heads=4, window=6)}
+STILL = dict(name="sgd", learning_rate=1e-30, schedule="constant", warmup_steps=0)
+run = functools.partial(losses, model=MODEL, steps=WINDOWS, carry_state=True, loss={"next_token": 1.0})
+
+
+@functools.cache
+def text() -> Batch:
+    """Rows of WINDOWS * T tokens, in which documents end here and there."""
+    rng, length = np.random.default_rng(0), WINDOWS * T
+    tokens = rng.integers(0, VOCAB, (B, length + 1)).astype(np.int32)
+    starts = rng.random((B, length)) < 0.03
+    starts[:, 0] = True
+    index = np.arange(length)
+    positions = (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32)
+    weights = np.append(~starts[:, 1:], np.ones((B, 1), bool), axis=1).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, np.cumsum(starts, axis=1, dtype=np.int32), positions)
+
+
+def window(step: int) -> Batch:
+    return Batch(*(field[:, step * T:(step + 1) * T] for field in text()))
+
+
+def test_windows_have_the_losses_of_the_whole_text():
+    model = build_model(MODEL, VOCAB)
+    params = make_recipe(model, STILL).create(0, make_mesh({"data": 1}, devices=jax.devices()[:1])).params
+    scores = jax.jit(lambda params: score_batch(make_apply(model), params, text()))(params)
+    parts = lambda x: x.reshape(B, WINDOWS, T)
+    weights = parts(text().weights)
+    want = -(parts(np.asarray(scores.logp)) * weights).sum((0, 2)) / weights.sum((0, 2))
+    np.testing.assert_allclose(run(optimizer=STILL, batch_of=window), want, rtol=1e-5)
+    fresh = run(optimizer=STILL, batch_of=window, carry_state=False)
+    assert fresh[0] == pytest.approx(want[0], rel=1e-5) and (np.abs(fresh[1:] - want[1:]) > 1e-4).all()
+
+
+def test_the_gradient_stops_at_the_border():
+    model = build_model(MODEL, VOCAB)
+    apply, objective = make_apply(model), build_objective({}, carry_state=True)
+    recipe = make_recipe(model, STILL, carried_state(model.initial_state, B))
+    start = recipe.fresh(0)
+    step = jax.jit(make_train_step(apply, objective, recipe.optimizer))
+    first, _ = step(start, window(0))
+    _, metrics = step(first, window(1))
+    before = jax.tree.map(lambda leaf: jnp.array(leaf[0]), first.carry)
+
+    @jax.jit
+    def norm(params):
+        grads = jax.grad(lambda p: objective(apply, p, before, window(1), None)[0]["next_token"].value)(params)
+        return optax.tree.norm(grads)
+
+    assert float(metrics["train/grad_norm"]) == pytest.approx(float(norm(start.params)), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    dict(microbatches=2), pytest.param(dict(mesh=dict(data=2, fsdp=2, tensor=2)), marks=pytest.mark.slow),
+    pytest.param(dict(mesh=dict(data=2, fsdp=2), devices=4, microbatches=2), marks=pytest.mark.slow)])
+def test_microbatches_and_meshes_change_nothing(options):
+    devices = options.pop("devices", None)
+    more = {} if devices is None else {"devices": jax.devices()[:devices]}
+    got = run(optimizer=ADAMW, batch_of=window, **options, **more)
+    np.testing.assert_allclose(got, run(optimizer=ADAMW, batch_of=window), rtol=1e-5)
+
+
+def test_a_state_that_grows_is_refused():
+    model = build_model({**MODEL, "attention": dict(num_heads=4)}, VOCAB)
+    with pytest.raises(ValueError, match=r"keeps every token .*give attention a window"):
+        carried_state(model.initial_state, B)
