@@ -65,7 +65,8 @@ def test_a_full_state_is_what_a_prompt_of_that_length_leaves():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [ATTENTION, RWKV4], ids=["attention", "rwkv4"])
-def test_a_token_is_timed(model):
+def test_a_token_is_timed(model, monkeypatch):
+    monkeypatch.setattr("lm.claims.measures.decode_cost.SECONDS", 0.1)
     found = decode_cost(config(model, 32))
     assert 0 < found["seconds_low"] <= found["seconds_per_token"] <= found["seconds_high"] < 1
     assert found["state_bytes"] == state_bytes(build_model(model, 256), 32) and found["tokens"] == 32
