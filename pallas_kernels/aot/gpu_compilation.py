@@ -46,7 +46,7 @@ def resources(folder: pathlib.Path, kernels: list[str]) -> dict[str, dict[str, i
     """{kernel: {"registers": a thread, "spills": bytes stored and loaded}} of what was compiled with dumps to `folder`.
 
     Mosaic GPU writes down what ptxas said; of XLA's own modules, and with jax 0.10 Triton kernels are in them, there is
-    the PTX, which ptxas is asked about here. Kernels of which nothing was left, as Triton's since jax 0.11, are left out.
+    the PTX, which ptxas is asked about here. Kernels that left no file, as Triton's since jax 0.11, are left out.
     """
     said = [path.read_text() for path in sorted(folder.glob("*.ptxas"))]
     said += [_ptxas(path) for path in sorted(folder.glob("*.ptx"))

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.peer_experts.config import SLOTS, block_tokens
+from pallas_kernels.peer_experts.merging import merging_tokens
 
 Array = jax.Array
 LANES = 128
@@ -44,7 +44,7 @@ def unsupported(dtypes: dict[str, str], kinds: int, width: int, platform: str) -
 
 def forward(activation: Callable, x: Array, ids: Array, gates: Array, table: Array) -> Array:
     """y [B, T, D] in x's dtype. ids [B, T, P] outside of the table have gates of 0."""
-    call = _merging_tokens(functools.partial(_call, "forward", activation))
+    call = merging_tokens(functools.partial(_call, "forward", activation))
     y, = call(ids, gates, table, x)
     return y
 
@@ -52,34 +52,9 @@ def forward(activation: Callable, x: Array, ids: Array, gates: Array, table: Arr
 def backward(activation: Callable, x: Array, ids: Array, gates: Array, table: Array,
              dy: Array) -> tuple[Array, Array, Array]:
     """(dx, dgates, factors) as in `chunked.backward`."""
-    call = _merging_tokens(functools.partial(_call, "backward", activation))
+    call = merging_tokens(functools.partial(_call, "backward", activation))
     dx, dgates, *factors = call(ids, gates, table, x, jnp.asarray(dy))
     return dx, dgates.astype(gates.dtype), jnp.stack(factors, axis=-1)
-
-
-def _merging_tokens(function: Callable) -> Callable:
-    """`function(ids, gates, table, *arrays)` of [B, T, ...] arrays; jax.vmap gives it more tokens.
-
-    Tables that differ along the mapped axis are one table of more experts.
-    """
-    @custom_vmap
-    def call(*arrays):
-        return function(*arrays)
-
-    @call.def_vmap
-    def rule(size, mapped, *arrays):
-        ids, gates, table, *rest = (x if m or i == 2 else jnp.broadcast_to(x, (size, *x.shape))
-                                    for i, (x, m) in enumerate(zip(arrays, mapped, strict=True)))
-        if mapped[2]:
-            experts = table.shape[1]
-            ids = jnp.minimum(ids, experts - 1) + experts * jnp.arange(size, dtype=ids.dtype)[:, None, None, None]
-            table = table.reshape(-1, *table.shape[2:])
-        out = call(*(x.reshape(-1, *x.shape[2:]) for x in (ids, gates)), table,
-                   *(x.reshape(-1, *x.shape[2:]) for x in rest))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call
 
 
 def _call(direction: str, activation: Callable, ids: Array, gates: Array, table: Array, *given: Array) -> list[Array]:
