@@ -8,6 +8,7 @@ import pytest
 
 from launch import cli
 from launch.kernels import cells, table
+from launch.kernels.process import toolchain_of
 from pallas_kernels.aot.case import cases
 from pallas_kernels.aot.targets import TARGETS
 
@@ -26,6 +27,18 @@ def test_nothing_is_refused_where_it_must_not_be():
     bad = {key: result["reason"] for key, result in first.items()
            if key.split("/")[-1] in ("v5e", "v5p", "v6e") and result["status"] != "ok"}
     assert not bad
+
+
+def test_gpu_kernels_are_recorded_as_compiled_and_spill_nothing():
+    """Each kernel on each GPU that it is made for; CI has no compiler for them and compares their sources."""
+    recorded = next(results for compiler, results in cells.read().items() if toolchain_of(compiler) == "cuda")
+    planned = {cell.key for cell in cells.plan(cases(), TARGETS) if cell.toolchain == "cuda"}
+    assert planned == set(recorded), "run `lm kernels matrix --write --python` with a python that has loomlm[aot-gpu]"
+    assert not {key: result["reason"] for key, result in recorded.items() if result["status"] != "ok"}
+    assert all(set(result["ptxas"]) == set(result["calls"]) for result in recorded.values())
+    spills = {key: {name: kernel["spills"] for name, kernel in result["ptxas"].items()}
+              for key, result in recorded.items()}
+    assert not {key: kernels for key, kernels in spills.items() if any(kernels.values())}
 
 
 def test_the_table_of_the_page_is_that_of_the_record():
