@@ -23,6 +23,7 @@ COMMANDS = {
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "data": ("launch.data", "prepare text for training, or show packed rows"),
+    "analyze": ("launch.analyze", "what a trained model does inside: decays, and where a fact is"),
     "bench": ("launch.bench", "measure speed and memory"),
     "claim": ("launch.claim", "run the small experiments behind a claim; PASS or FAIL"),
     "kernels": ("launch.kernels", "compile the kernels for devices that are not here; their cycles"),

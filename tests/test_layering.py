@@ -20,6 +20,7 @@ ALLOWED = {
     "lm.eval": {"lm.core", "lm.data", "lm.losses", "lm.generate"},
     "lm.tasks": {"lm.core", "lm.data", "lm.losses", "lm.eval", "lm.generate"},
     "lm.train": {"lm.core", "lm.tasks", "lm.optim", "lm.adapters", "lm.losses"},
+    "lm.analysis": {"lm.core", "lm.layers"},
     "lm.claims": {"lm.core", "lm.models", "pallas_kernels"},
     "experiments": set(),
     "launch": {"lm", "experiments", "pallas_kernels"},

@@ -4,17 +4,14 @@ Layers are matched by their depth: a layer of a prefix fits one of a repeated pa
 layers that the other has.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lm.core.depth import layer_names
 from lm.core.tree import map_named, named_leaves
-
-_BLOCK = re.compile(r"(?P<head>.*?\bstack/)(?P<kind>prefix|pattern)_(?P<number>\d+)/(?P<rest>.*)")
 
 
 class Report(NamedTuple):
@@ -33,25 +30,6 @@ class Report(NamedTuple):
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             lines += [f"  {title}: {shown}"] if names else []
         return "\n".join(lines)
-
-
-def layer_names(names: Mapping[str, Any]) -> dict[str, list[tuple[str, int | None]]]:
-    """For every leaf its per-layer names, each with the index into the stacked axis (None where it is not stacked):
-    `stack/pattern_1/mlp/up/kernel` of two repeats becomes `stack/layer_1/...` and `stack/layer_3/...`."""
-    found = {name: _BLOCK.fullmatch(name) for name in names}
-    counts = {kind: len({m["number"] for m in found.values() if m and m["kind"] == kind})
-              for kind in ("prefix", "pattern")}
-    out = {}
-    for name, match in found.items():
-        if match is None:
-            out[name] = [(name, None)]
-        elif match["kind"] == "prefix":
-            out[name] = [(f"{match['head']}layer_{match['number']}/{match['rest']}", None)]
-        else:
-            depths = [counts["prefix"] + r * counts["pattern"] + int(match["number"])
-                      for r in range(names[name].shape[0])]
-            out[name] = [(f"{match['head']}layer_{d}/{match['rest']}", r) for r, d in enumerate(depths)]
-    return out
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:

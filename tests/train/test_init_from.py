@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from lm.core.depth import layer_names
 from lm.core.tree import named_leaves
 from lm.models.build import build_model, init_params
-from lm.train.init_from import layer_names, take_over
+from lm.train.init_from import take_over
 
 BASE = dict(embed_dim=16, num_layers=4, attention=dict(num_heads=2), mlp=dict(mlp_dim=24), dtype="float32")
 
