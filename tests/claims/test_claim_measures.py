@@ -1,5 +1,7 @@
 """What claims measure is what they say: the oracle of the scans, and the state that a token is decoded from."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +68,7 @@ def test_a_full_state_is_what_a_prompt_of_that_length_leaves():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [ATTENTION, RWKV4], ids=["attention", "rwkv4"])
 def test_a_token_is_timed(model, monkeypatch):
-    monkeypatch.setattr("lm.claims.measures.decode_cost.SECONDS", 0.1)
+    monkeypatch.setattr(sys.modules[decode_cost.__module__], "SECONDS", 0.1)
     found = decode_cost(config(model, 32))
     assert 0 < found["seconds_low"] <= found["seconds_per_token"] <= found["seconds_high"] < 1
     assert found["state_bytes"] == state_bytes(build_model(model, 256), 32) and found["tokens"] == 32
