@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix_state import assert_chunked_is_exact, gradient_temporaries, with_extreme_decays, with_gradients
 
 from pallas_kernels.dispatch import stated_platform
 from pallas_kernels.wkv6 import wkv6
@@ -58,24 +59,10 @@ def test_any_shape_equals_the_double_sum(batch, time, heads, keys, values, reset
             np.testing.assert_allclose(state[i, h], want[1], rtol=0, atol=1e-12 * max(1, np.abs(want[1]).max()))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def with_gradients(implementation, x, reset=None):
-    out, pull = jax.vjp(lambda x: wkv6(**x, reset=reset, implementation=implementation), x)
-    rng = np.random.default_rng(1)
-    return out, pull(tuple(jnp.asarray(rng.normal(size=o.shape), o.dtype) for o in out))[0]
-
-
 @pytest.mark.parametrize("log_decay", [-1e30, 0.0, "mixed"])
 def test_extreme_decays(log_decay):
     """One that forgets all, one that forgets nothing, and both in turn: float32 values and gradients stay exact."""
-    x = {name: np.float32(a) for name, a in drawn(np.random.default_rng(0), 1, 37, 1, 3, 2).items()}
-    mixed = np.where(np.random.default_rng(1).random(x["w"].shape) < 0.3, -1e5, -1e-4)
-    x["w"] = np.float32(mixed if log_decay == "mixed" else np.full_like(mixed, log_decay))
-    got = with_gradients("chunked", x)
-    with jax.enable_x64(True):
-        want = with_gradients("reference", {name: jnp.asarray(a, jnp.float64) for name, a in x.items()})
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, e, rtol=0, atol=3e-6 * max(1, np.abs(e).max()))
+    assert_chunked_is_exact(wkv6, with_extreme_decays(drawn(np.random.default_rng(0), 1, 37, 1, 3, 2), log_decay), 3e-6)
 
 
 @implementations
@@ -84,9 +71,9 @@ def test_constant_decay_is_rwkv5(implementation):
     x = drawn(np.random.default_rng(0), 2, 9, 2, 3, 2)
     with jax.enable_x64(True):
         x["w"] = x["w"][0, 0]
-        out, gradient = with_gradients(implementation, x)
+        out, gradient = with_gradients(wkv6, implementation, x)
         spread = {**x, "w": np.broadcast_to(x["w"], x["r"].shape), "u": np.broadcast_to(x["u"], (2, *x["u"].shape))}
-        want, spread_gradient = with_gradients(implementation, spread)
+        want, spread_gradient = with_gradients(wkv6, implementation, spread)
         for g, e in zip(out, want, strict=True):
             np.testing.assert_array_equal(g, e)
         np.testing.assert_allclose(gradient["w"], spread_gradient["w"].sum((0, 1)), rtol=1e-12)
@@ -113,13 +100,7 @@ def test_no_state_is_zeros():
 
 def test_memory_is_linear_in_time():
     """Four times the length: the gradient needs at most 4.4 times the temporaries."""
-    def needs(time):
-        x = {name: jax.ShapeDtypeStruct(a.shape, jnp.float32) for name, a in
-             drawn(np.random.default_rng(0), 1, time, 1, 16, 16).items()}
-        loss = lambda x: (wkv6(**x, implementation="chunked")[0] ** 2).sum()
-        return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
-
-    assert needs(4096) < 4.4 * needs(1024)
+    assert gradient_temporaries(wkv6, drawn, 4096) < 4.4 * gradient_temporaries(wkv6, drawn, 1024)
 
 
 def test_inside_shard_map_with_arguments_that_do_not_vary():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix_state import assert_chunked_is_exact, gradient_temporaries, with_extreme_decays
 
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
@@ -54,30 +55,10 @@ def test_any_shape_equals_products_of_transitions(batch, time, heads, keys, valu
             np.testing.assert_allclose(state[i, h], want[1], rtol=0, atol=1e-12 * max(1, np.abs(want[1]).max()))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def with_gradients(implementation, x, reset=None):
-    out, pull = jax.vjp(lambda x: wkv7(**x, reset=reset, implementation=implementation), x)
-    rng = np.random.default_rng(1)
-    return out, pull(tuple(jnp.asarray(rng.normal(size=o.shape), o.dtype) for o in out))[0]
-
-
-def assert_chunked_is_exact(x, tolerance):
-    """float32 values and gradients against the float64 reference."""
-    x = {name: np.float32(a) for name, a in x.items()}
-    got = with_gradients("chunked", x)
-    with jax.enable_x64(True):
-        want = with_gradients("reference", {name: jnp.asarray(a, jnp.float64) for name, a in x.items()})
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, e, rtol=0, atol=tolerance * max(1, np.abs(e).max()))
-
-
 @pytest.mark.parametrize("log_decay", [-1e30, 0.0, "mixed"])
 def test_extreme_decays(log_decay):
     """One that forgets all, one that forgets nothing, and both in turn: float32 values and gradients stay exact."""
-    x = drawn(np.random.default_rng(0), 1, 37, 1, 3, 2)
-    mixed = np.where(np.random.default_rng(1).random(x["w"].shape) < 0.3, -1e5, -1e-4)
-    x["w"] = mixed if log_decay == "mixed" else np.full_like(mixed, log_decay)
-    assert_chunked_is_exact(x, 3e-6)
+    assert_chunked_is_exact(wkv7, with_extreme_decays(drawn(np.random.default_rng(0), 1, 37, 1, 3, 2), log_decay), 3e-6)
 
 
 def test_the_same_key_over_and_over():
@@ -86,7 +67,7 @@ def test_the_same_key_over_and_over():
     x["w"] = np.zeros_like(x["w"])
     x["a"] = np.broadcast_to([-0.5, 0.5, 0.5, -0.5], x["a"].shape)
     x["b"] = -x["a"]
-    assert_chunked_is_exact(x, 3e-6)
+    assert_chunked_is_exact(wkv7, x, 3e-6)
 
 
 def test_solve_of_a_long_chunk_of_equal_keys():
@@ -125,13 +106,7 @@ def test_without_removal_it_is_wkv6_of_the_present(implementation):
 @pytest.mark.slow
 def test_memory_is_linear_in_time():
     """Four times the length: the gradient needs at most 4.4 times the temporaries."""
-    def needs(time):
-        x = {name: jax.ShapeDtypeStruct(a.shape, jnp.float32) for name, a in
-             drawn(np.random.default_rng(0), 1, time, 1, 16, 16).items()}
-        loss = lambda x: (wkv7(**x, implementation="chunked")[0] ** 2).sum()
-        return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
-
-    assert needs(4096) < 4.4 * needs(1024)
+    assert gradient_temporaries(wkv7, drawn, 4096) < 4.4 * gradient_temporaries(wkv7, drawn, 1024)
 
 
 X, S = jnp.ones((2, 3, 4, 5)), jnp.ones((2, 4, 5, 5))
