@@ -2,9 +2,11 @@
 
 import atexit
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,6 +36,27 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real test data in {folder.name}/ beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def python_with_libtpu() -> str:
+    """A python that compiles for TPUs."""
+    return python_with("libtpu", "LOOMLM_TEST_LIBTPU_PYTHON", "loomlm[aot]")
+
+
+@pytest.fixture(scope="session")
+def python_with_cuda() -> str:
+    """A python that compiles for NVIDIA GPUs."""
+    return python_with("jax_cuda13_plugin", "LOOMLM_TEST_CUDA_PYTHON", "loomlm[aot-gpu]")
+
+
+def python_with(package: str, variable: str, extra: str) -> str:
+    """This interpreter if it has the package, else the one that the variable names; skips where there is neither."""
+    if importlib.util.find_spec(package):
+        return sys.executable
+    if variable not in os.environ:
+        pytest.skip(f"needs pip install '{extra}', or {variable} set to a python that has it")
+    return os.environ[variable]
 
 
 def pytest_addoption(parser):

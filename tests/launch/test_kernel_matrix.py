@@ -1,8 +1,5 @@
 """The recorded matrix is of these operations, its page is made from it, and real compilers still agree with it."""
 
-import importlib.util
-import os
-import sys
 
 import pytest
 
@@ -45,17 +42,6 @@ def test_the_table_of_the_page_is_that_of_the_record():
     page = table.PAGE.read_text()
     shown = page.split(table.BEGIN)[1].split(table.END)[0].strip()
     assert shown == table.markdown(cells.read(), cases()), "run `lm kernels matrix --write`"
-
-
-@pytest.fixture(scope="session")
-def python_with_libtpu() -> str:
-    """This interpreter if libtpu is installed in it, else the one that LOOMLM_TEST_LIBTPU_PYTHON names."""
-    if importlib.util.find_spec("libtpu"):
-        return sys.executable
-    other = os.environ.get("LOOMLM_TEST_LIBTPU_PYTHON")
-    if not other:
-        pytest.skip("needs libtpu: pip install 'jax[tpu]', or set LOOMLM_TEST_LIBTPU_PYTHON to a python that has it")
-    return other
 
 
 def test_a_sample_of_the_matrix_still_compiles(python_with_libtpu, capsys):

@@ -11,7 +11,6 @@ from lm.core.types import context
 from lm.layers.conv import CausalConv
 from lm.layers.token_shift import lags, shift
 
-
 COMPILED = jax.jit(lags)
 
 

@@ -12,7 +12,8 @@ from lm.optim.schedules import make_schedule
 
 
 def rows(recipe, **model):
-    shapes = nn.meta.unbox(abstract_params(build_model(dict(embed_dim=64, norm="layer", tie_embeddings=False, **model), 100)))
+    model = build_model(dict(embed_dim=64, norm="layer", tie_embeddings=False, **model), 100)
+    shapes = nn.meta.unbox(abstract_params(model))
     options = OptimizerOptions(**RECIPES[recipe])
     options.check()
     build_optimizer(options, shapes, 10)

@@ -1,26 +1,13 @@
 """GPU compilers accept every kernel, backward and inside of jax.shard_map, at full size, and the program calls it."""
 
-import importlib.util
 import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "compile_gpu_kernels.py"
-
-
-@pytest.fixture(scope="session")
-def python_with_cuda() -> str:
-    """This interpreter if the CUDA plugin is installed in it, else the one that LOOMLM_TEST_CUDA_PYTHON names."""
-    if importlib.util.find_spec("jax_cuda13_plugin"):
-        return sys.executable
-    other = os.environ.get("LOOMLM_TEST_CUDA_PYTHON")
-    if not other:
-        pytest.skip("needs pip install 'loomlm[aot-gpu]', or LOOMLM_TEST_CUDA_PYTHON set to a python that has it")
-    return other
 
 
 @pytest.mark.slow

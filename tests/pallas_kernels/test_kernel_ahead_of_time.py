@@ -1,26 +1,13 @@
 """The TPU compiler accepts every kernel, forward and backward, at full size, and the program calls it."""
 
-import importlib.util
 import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "compile_kernels.py"
-
-
-@pytest.fixture(scope="session")
-def python_with_libtpu() -> str:
-    """This interpreter if libtpu is installed in it, else the one that LOOMLM_TEST_LIBTPU_PYTHON names."""
-    if importlib.util.find_spec("libtpu"):
-        return sys.executable
-    other = os.environ.get("LOOMLM_TEST_LIBTPU_PYTHON")
-    if not other:
-        pytest.skip("needs libtpu: pip install 'jax[tpu]', or set LOOMLM_TEST_LIBTPU_PYTHON to a python that has it")
-    return other
 
 
 @pytest.mark.parametrize("topology", [
