@@ -24,7 +24,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import time  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# A machine that is busy for a moment is no defect.
+hypothesis.settings.register_profile("loomlm", deadline=None)
+hypothesis.settings.load_profile("loomlm")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -71,9 +71,10 @@ def test_the_gradient_stops_at_the_border():
     assert float(metrics["train/grad_norm"]) == pytest.approx(float(norm(start.params)), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    dict(microbatches=2), pytest.param(dict(mesh=dict(data=2, fsdp=2, tensor=2)), marks=pytest.mark.slow),
-    pytest.param(dict(mesh=dict(data=2, fsdp=2), devices=4, microbatches=2), marks=pytest.mark.slow)])
+    dict(microbatches=2), dict(mesh=dict(data=2, fsdp=2, tensor=2)),
+    dict(mesh=dict(data=2, fsdp=2), devices=4, microbatches=2)])
 def test_microbatches_and_meshes_change_nothing(options):
     devices = options.pop("devices", None)
     more = {} if devices is None else {"devices": jax.devices()[:devices]}
