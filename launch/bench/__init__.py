@@ -2,13 +2,14 @@
 
 import argparse
 
-WHAT = {"train": "launch.bench.train", "kernels": "launch.bench.kernels"}
+WHAT = {"train": "launch.bench.train", "rwkv4": "launch.bench.train", "kernels": "launch.bench.kernels"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm bench`."""
-    parser.add_argument("what", choices=sorted(WHAT), help="train: a train step against PyTorch's GPT-2; kernels: "
-                        "what CPUs run of the kernel operations, against packages")
+    parser.add_argument("what", choices=sorted(WHAT), help="train: a train step against PyTorch's GPT-2; rwkv4: "
+                        "the same against its RWKV-4; kernels: what CPUs run of the kernel operations, against "
+                        "packages")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each side and shape (at least 10)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/bench", help="where JSON and Markdown are written")
 

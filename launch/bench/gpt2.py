@@ -1,11 +1,13 @@
-"""The model that both sides of the training benchmark run: GPT-2's architecture at a size that two cores train."""
+"""`lm bench train`: GPT-2's architecture, as we build it and as transformers does."""
 
 from typing import Any
 
 import numpy as np
 
-VOCAB, WIDTH, LAYERS, HEADS, BATCH = 256, 256, 4, 4, 8
-LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 3e-4, 0.1, (0.9, 0.95), 1e-8
+from launch.bench.sizes import HEADS, LAYERS, VOCAB, WIDTH
+
+VARIANTS = {}       # other models of ours that are timed with it
+TITLE = f"GPT2LMHeadModel, {HEADS} heads, dropout 0"
 
 
 def config(seq_len: int) -> dict[str, Any]:
@@ -39,6 +41,10 @@ def from_torch(weights: dict[str, np.ndarray]) -> dict[str, Any]:
             "mlp": {"up": dense("mlp.c_fc"), "down": dense("mlp.c_proj")}}}}}
 
 
-def tokens(seq_len: int, seed: int = 0) -> np.ndarray:
-    """[BATCH, seq_len + 1] random tokens: what both sides train on, again and again."""
-    return np.random.default_rng(seed).integers(0, VOCAB, (BATCH, seq_len + 1)).astype(np.int32)
+def torch_model(seq_len: int) -> Any:
+    """transformers' model with fresh weights."""
+    import transformers
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=seq_len, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=None,
+        eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        attn_implementation="sdpa"))

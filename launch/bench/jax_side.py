@@ -1,5 +1,9 @@
-"""Our side: the train step that `lm train` runs, with the weights that the other side wrote. Arguments: T, weights."""
+"""Our side: the train step that `lm train` runs, with the weights that the other side wrote.
 
+Arguments: module of the model (`launch.bench.gpt2`), T, weights.
+"""
+
+import importlib
 import sys
 
 import flax
@@ -7,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint  # noqa: F401  what `lm train` has imported before its first step
 
-from launch.bench import gpt2
+from launch.bench import sizes
 from launch.bench.side import serve
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
@@ -23,22 +27,22 @@ from lm.train.step import make_train_step
 
 def build():
     """(step, facts)."""
-    seq_len = int(sys.argv[1])
-    with np.load(sys.argv[2]) as saved:
-        weights = gpt2.from_torch(dict(saved))
-    model = build_model(gpt2.config(seq_len), gpt2.VOCAB)
+    kind, seq_len = importlib.import_module(sys.argv[1]), int(sys.argv[2])
+    with np.load(sys.argv[3]) as saved:
+        weights = kind.from_torch(dict(saved))
+    model = build_model(kind.config(seq_len), sizes.VOCAB)
     boxed = abstract_params(model)
     shapes = flax.linen.meta.unbox(boxed)
     assert jax.tree.map(lambda a: a.shape, weights) == jax.tree.map(lambda a: a.shape, shapes)
-    b1, b2 = gpt2.BETAS
+    b1, b2 = sizes.BETAS
     optimizer = build_optimizer(OptimizerOptions(
-        name="adamw", learning_rate=gpt2.LEARNING_RATE, schedule="constant", warmup_steps=0, b1=b1, b2=b2, eps=gpt2.EPS,
-        weight_decay=gpt2.WEIGHT_DECAY, clip_norm=None, rules=({"match": ".*", "weight_decay": gpt2.WEIGHT_DECAY},)),
-        shapes, 1000)
+        name="adamw", learning_rate=sizes.LEARNING_RATE, schedule="constant", warmup_steps=0, b1=b1, b2=b2,
+        eps=sizes.EPS, weight_decay=sizes.WEIGHT_DECAY, clip_norm=None,
+        rules=({"match": ".*", "weight_decay": sizes.WEIGHT_DECAY},)), shapes, 1000)
     recipe = Recipe(lambda key: weights, boxed, optimizer)
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
-    tokens = gpt2.tokens(seq_len)
-    shape = (gpt2.BATCH, seq_len)
+    tokens = sizes.tokens(seq_len)
+    shape = (sizes.BATCH, seq_len)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.float32), np.ones(shape, np.int32),
                   np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape))
     batch = to_device(batch, mesh, 0, 1)
@@ -51,7 +55,7 @@ def build():
         return float(jax.block_until_ready(metrics)["train/loss"])
 
     return step, {"version": f"jax {jax.__version__}, flax {flax.__version__}", "parameters": num_params(weights),
-                  "flops_per_step": 3 * model.flops_per_token(seq_len) * gpt2.BATCH * seq_len}
+                  "flops_per_step": 3 * model.flops_per_token(seq_len) * sizes.BATCH * seq_len}
 
 
 if __name__ == "__main__":

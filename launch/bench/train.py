@@ -1,4 +1,4 @@
-"""`lm bench train`: our train step against PyTorch's GPT2LMHeadModel on the same cores, turn by turn.
+"""`lm bench train` and `lm bench rwkv4`: our train step against transformers' model on the same cores, turn by turn.
 
 Both sides are processes that hold their model. Only one of them works at a time; they take turns of a few steps, so
 that a machine that slows down slows both. torch gets its best of one and of all threads and of its two AdamW, found
@@ -7,6 +7,7 @@ first. Both run with the memory setting of `launch.huge_pages`.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+MODELS = {"train": "launch.bench.gpt2", "rwkv4": "launch.bench.rwkv4"}
 SHAPES = (256, 1024)
 TURN = 4  # measured steps a turn, after one that does not count
 
@@ -67,42 +69,46 @@ def run(args: argparse.Namespace) -> int:
         try:
             __import__(package)
         except ImportError:
-            raise ValueError(f"lm bench train compares with PyTorch and {package} is not installed; install "
+            raise ValueError(f"lm bench {args.what} compares with PyTorch and {package} is not installed; install "
                              f"'loomlm[bench]' (a CPU build of torch will do)") from None
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program would hide what compiling costs in memory
     cores = len(os.sched_getaffinity(0))
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
-              "gemm_gflops": gemm_peak(), "shapes": [measure(seq_len, args.steps, cores) for seq_len in SHAPES]}
+              "gemm_gflops": gemm_peak(),
+              "shapes": [measure(MODELS[args.what], seq_len, args.steps, cores) for seq_len in SHAPES]}
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "train.md").write_text(table)
+    (folder / f"{args.what}.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = markdown(result, importlib.import_module(MODELS[args.what]).TITLE)
+    (folder / f"{args.what}.md").write_text(table)
     print(table)
     return 0
 
 
-def measure(seq_len: int, steps: int, cores: int) -> dict[str, Any]:
+def measure(model: str, seq_len: int, steps: int, cores: int) -> dict[str, Any]:
     """One shape: torch's best setting, then both sides in turns."""
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "weights.npz")
         trials = {}
         for threads in sorted({1, cores}):
             for optimizer in ("fused", "foreach"):
-                with side("launch.bench.torch_side", str(seq_len), str(threads), optimizer, weights) as torch:
+                with side("launch.bench.torch_side", model, str(seq_len), str(threads), optimizer, weights) as torch:
                     torch.ask("warm 2")
                     trials[threads, optimizer] = statistics.median(torch.ask("time 5")["seconds"])
         threads, optimizer = min(trials, key=trials.get)
-        with (side("launch.bench.torch_side", str(seq_len), str(threads), optimizer, weights) as torch,
-              side("launch.bench.jax_side", str(seq_len), weights) as ours):
+        with (side("launch.bench.torch_side", model, str(seq_len), str(threads), optimizer, weights) as torch,
+              side("launch.bench.jax_side", model, str(seq_len), weights) as ours, contextlib.ExitStack() as opened):
             if abs(torch.first_loss - ours.first_loss) > 1e-4:
                 raise AssertionError(f"the sides differ: initial loss {torch.first_loss} and {ours.first_loss}")
-            times: dict[str, list[float]] = {"torch": [], "ours": []}
-            for one in (torch, ours):
+            others = {name: opened.enter_context(side("launch.bench.jax_side", module, str(seq_len), weights))
+                      for name, module in importlib.import_module(model).VARIANTS.items()}
+            sides = {"torch": torch, "ours": ours, **others}
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for one in sides.values():
                 one.ask("warm 1")
             while len(times["ours"]) < steps:
-                for name, one in (("torch", torch), ("ours", ours)):
+                for name, one in sides.items():
                     one.ask("warm 1")  # takes back the caches and pages that the other side had
                     times[name] += one.ask(f"time {TURN}")["seconds"]
             facts = {"torch": torch.ask("report"), "ours": ours.ask("report")}
@@ -123,15 +129,15 @@ def gemm_peak(size: int = 1024, repeats: int = 20) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a result."""
-    from launch.bench import gpt2
+def markdown(result: dict[str, Any], title: str) -> str:
+    """The table of a result; title: the other side's model."""
+    from launch.bench import sizes
     facts = result["shapes"][0]["facts"]
     lines = [
-        f"One training step (forward, backward, AdamW), float32, {result['cores']} CPU cores, batch {gpt2.BATCH}, "
-        f"width {gpt2.WIDTH}, {gpt2.LAYERS} layers, {gpt2.HEADS} heads, vocabulary {gpt2.VOCAB}; Python "
-        f"{result['python']}, {facts['ours']['version']} against {facts['torch']['version']} (GPT2LMHeadModel, dropout "
-        f"0). Medians of {result['shapes'][0]['steps']} steps of each side, in turns of {TURN}. GEMM peak measured: "
+        f"One training step (forward, backward, AdamW), float32, {result['cores']} CPU cores, batch {sizes.BATCH}, "
+        f"width {sizes.WIDTH}, {sizes.LAYERS} layers, vocabulary {sizes.VOCAB}; Python {result['python']}, "
+        f"{facts['ours']['version']} against {facts['torch']['version']} ({title}). Medians of "
+        f"{result['shapes'][0]['steps']} steps of each side, in turns of {TURN}. GEMM peak measured: "
         f"{result['gemm_gflops']:.0f} GFLOP/s.", "",
         "| T | torch's best setting | torch, ms | loomlm, ms | speed against torch | share of GEMM peak | peak memory "
         "above imports, torch, MiB | loomlm, MiB |", "|---|---|---|---|---|---|---|---|"]
@@ -143,4 +149,9 @@ def markdown(result: dict[str, Any]) -> str:
             f"{shape['facts']['torch']['optimizer']} | {1e3 * torch:.0f} | {1e3 * ours:.0f} | "
             f"{shape['speed_ratio']:.2f}x | {share:.0%} | {shape['facts']['torch']['peak_above_imports_mib']:.0f} | "
             f"{shape['facts']['ours']['peak_above_imports_mib']:.0f} |")
+    for shape in result["shapes"]:
+        for name in [name for name in shape["seconds"] if name not in ("torch", "ours")]:
+            rest, ours = (statistics.median(shape["seconds"][which]) for which in (name, "ours"))
+            share = 1 - rest / ours
+            lines += ["", f"T {shape['seq_len']}, with {name}: {1e3 * rest:.0f} ms, so that takes {share:.0%} of a step."]
     return "\n".join(lines) + "\n"
