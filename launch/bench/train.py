@@ -153,5 +153,5 @@ def markdown(result: dict[str, Any], title: str) -> str:
         for name in [name for name in shape["seconds"] if name not in ("torch", "ours")]:
             rest, ours = (statistics.median(shape["seconds"][which]) for which in (name, "ours"))
             share = 1 - rest / ours
-            lines += ["", f"T {shape['seq_len']}, with {name}: {1e3 * rest:.0f} ms, so that takes {share:.0%} of a step."]
+            lines += ["", f"T {shape['seq_len']}, with {name}: {1e3 * rest:.0f} ms, so that takes {share:.0%} of it."]
     return "\n".join(lines) + "\n"
