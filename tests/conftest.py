@@ -27,8 +27,9 @@ import time  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-# A machine that is busy for a moment is no defect.
-hypothesis.settings.register_profile("loomlm", deadline=None)
+# A machine that is busy for a moment is no defect. A change is judged by the same examples each time; others are drawn
+# wherever else the tests run.
+hypothesis.settings.register_profile("loomlm", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("loomlm")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -128,13 +128,15 @@ def test_state_is_float32_under_bfloat16(implementation):
 @settings(max_examples=4, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.3), st.integers(0, 2 ** 31))
 def test_any_shape_of_the_kernel_equals_the_reference(batch, time, width, resets, seed):
+    """To 2e-5 of the largest value: gradients of w and k add up the rounding of a reciprocal a step."""
     w, u, k, v, reset = drawn(seed, batch, time, width, resets)
     w, u, k, v = map(np.float32, (w, u, k, v))
     with interpreted_tpu():
         got = jax.block_until_ready(value_and_gradients(w, u, k, v, None, reset, implementation="pallas_tpu"))
-    want = value_and_gradients(w, u, k, v, None, reset, implementation="reference")
+    with jax.enable_x64(True):
+        want = value_and_gradients(*map(np.float64, (w, u, k, v)), None, reset, implementation="reference")
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1))
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(np.abs(y).max(), 1))
 
 
 @pytest.mark.slow
