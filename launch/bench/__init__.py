@@ -11,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the same against its RWKV-4; kernels: what CPUs run of the kernel operations, against "
                         "packages")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each side and shape (at least 10)")
+    parser.add_argument("--seq-len", type=int, action="append", metavar="T", help="train, rwkv4: tokens of a row; may "
+                        "be repeated (default: 256 and 1024)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/bench", help="where JSON and Markdown are written")
 
 

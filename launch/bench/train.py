@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures every shape, prints and writes the table."""
     if args.steps < 10:
         raise ValueError(f"--steps must be at least 10, for a median that means something; got {args.steps}")
+    if min(args.seq_len or SHAPES) < 1:
+        raise ValueError(f"--seq-len must be at least 1; got {min(args.seq_len)}")
     for package in ("torch", "transformers"):
         try:
             __import__(package)
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0))
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
               "gemm_gflops": gemm_peak(),
-              "shapes": [measure(MODELS[args.what], seq_len, args.steps, cores) for seq_len in SHAPES]}
+              "shapes": [measure(MODELS[args.what], seq_len, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.what}.json").write_text(json.dumps(result, indent=2) + "\n")
