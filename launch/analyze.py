@@ -101,6 +101,9 @@ def tokens_of(tokenizer: Any, ids: Any, text: str, part: str) -> tuple[int, int]
     ends = [len(text) - r for r in rest]
     inside = [n for n, end in enumerate(ends)
               if end > begin and (ends[n - 1] if n else end - 1) < begin + len(part)]
+    if not inside:
+        raise ValueError(f"--subject {part!r} lies in no token of the prompt as this tokenizer writes it ({whole!r}); "
+                         f"name a longer part")
     return inside[0], inside[-1] + 1
 
 

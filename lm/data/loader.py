@@ -5,7 +5,6 @@ step * B + B - 1, of which host p of P takes the p-th of P equal slices. So the 
 any number of hosts, threads or workers sees the same batches.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from lm.core.batch import Batch
 from lm.core.fields import check_known
+from lm.data.batches import StepBatches
 from lm.data.corpora import Corpora, load_corpora
 from lm.data.hashing import digest, fold
 from lm.data.lanes import LANES
@@ -46,7 +46,7 @@ class RowReader:
         return self.read([choose(k, self.shares) for k in range(first, first + count)])
 
 
-class TokenDataset:
+class TokenDataset(StepBatches):
     """One split of the data, packed for one batch size and sequence length.
 
     tokenizer, split, batch_size, seq_len: as given.
@@ -90,25 +90,6 @@ class TokenDataset:
             [split, seed, batch_size, seq_len, options.packing, options.packing_window, options.shuffle,
              options.mixture])
 
-    def _slice(self, process_index: int, process_count: int) -> tuple[int, int]:
-        if self.batch_size % process_count:
-            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {process_count} processes; make "
-                             f"it a multiple of {process_count}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index must be 0 to {process_count - 1}; got {process_index}")
-        size = self.batch_size // process_count
-        return process_index * size, size
-
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """This process's rows of batch `step`, each field [batch_size / process_count, seq_len]."""
-        first, size = self._slice(process_index, process_count)
-        return self.reader.rows(step * self.batch_size + first, size)
-
-    def num_eval_batches(self, limit: int | None = None) -> int:
-        """How many batches `eval_batches` yields."""
-        every = math.ceil(self.num_rows_per_epoch / self.batch_size)
-        return every if limit is None else min(limit, every)
-
     def eval_batches(self, limit: int | None = None, process_index: int = 0,
                      process_count: int = 1) -> Iterator[Batch]:
         """Every row of the split once, or the first `limit` batches of them; the last batch is filled up with padding.
@@ -116,7 +97,7 @@ class TokenDataset:
         The sources are interleaved in proportion to their sizes, so that a limited evaluation is a fair sample. The
         order of the rows does not depend on the batch size.
         """
-        first, size = self._slice(process_index, process_count)
+        first, size = self.share(process_index, process_count)
         sizes = [s.num_rows for s in self.reader.sources]
         for number in range(self.num_eval_batches(limit)):
             begin = number * self.batch_size + first
@@ -183,7 +164,7 @@ class _Steps:
     """A random-access source for grain: element i is (first + i, batch of that step)."""
 
     def __init__(self, dataset: Dataset, first: int, process_index: int, process_count: int) -> None:
-        offset, self._size = dataset._slice(process_index, process_count)
+        offset, self._size = dataset.share(process_index, process_count)
         self._reader, self._batch_size, self._first, self._offset = dataset.reader, dataset.batch_size, first, offset
 
     def __len__(self) -> int:

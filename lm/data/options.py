@@ -134,6 +134,9 @@ class DataOptions(SourceOptions):
         if held and (type(held[0]) is not type(task) or (task and held[0].vocab_size != task.vocab_size)):
             raise ValueError(f"{where}.validation must be of the same source as {where} and have as many ids where "
                              f"rows are made ({', '.join(TASKS)})")
+        if task is not None and self.packing == LANES:
+            raise ValueError(f"{where}.packing='lanes' makes rows that go on, and those of source={self.kind!r} are "
+                             f"complete; leave it out")
         if task is not None and (self.tokenizer is not None or self.add_bos or self.add_eos):
             raise ValueError(f"{where}.source={self.kind!r} makes ids; leave out tokenizer, add_bos and add_eos")
 

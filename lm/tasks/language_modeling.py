@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax
-
 from lm.core.batch import Batch
 from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Output, Params, State, TokenScores
 from lm.losses.base import Term, Weight
@@ -37,8 +35,7 @@ class LanguageModeling:
     def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
                  key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
         """(means of the terms, carry, {"accuracy": share of targets that are the most probable token})."""
-        state = jax.lax.stop_gradient(carry) if self.carry_per_row else None
-        out = forward(apply, params, batch, key, state)
+        out = forward(apply, params, batch, key, carry if self.carry_per_row else None)
         scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
         means = {name: Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
         after = out.state if self.carry_per_row else carry

@@ -1,7 +1,7 @@
 """The model's state carried from one step to the next: truncated backpropagation through time.
 
 The rows of a batch go on where they ended in the batch before (`data.packing="lanes"`), the state that they ended with
-is the state that they begin with, and no gradient flows into the step before.
+is the state that they begin with. It enters a step as data, so no gradient flows into the step before.
 """
 
 from collections.abc import Callable

@@ -129,6 +129,7 @@ def test_ids_are_numbers():
     (dict(source="sotu", task=dict(num_pairs=3)), "source='sotu' reads text"),
     (dict(source="mqar", separator="x"), "makes rows"),
     (dict(source="mqar", path="x"), "takes no path"),
+    (dict(source="mqar", packing="lanes"), "makes rows that go on"),
     (dict(source="mqar", tokenizer="bytes"), "makes ids; leave out tokenizer"),
     (dict(sources=dict(a=dict(source="mqar"))), "cannot be mixed"),
     (dict(source="mqar", validation=dict(source="sotu")), "as many ids"),

@@ -57,6 +57,15 @@ def test_the_tokens_of_a_part_of_the_prompt(opened):
         tokens_of(opened.tokenizer, np.array(ids), "a löom", "b")
 
 
+def test_a_part_that_no_token_holds_is_refused():
+    class Silent:
+        def decode(self, ids):
+            return ""
+
+    with pytest.raises(ValueError, match="lies in no token of the prompt"):
+        tokens_of(Silent(), np.array([4, 5]), "a b ", " ")
+
+
 @pytest.mark.parametrize("words, says", [
     (["decai", "--workdir", "x"], "has no 'decai'; did you mean 'decay'"),
     (["decay"], "needs --workdir RUN"),

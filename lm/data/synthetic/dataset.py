@@ -1,13 +1,13 @@
 """Batches of a synthetic task, with the members of `lm.data.loader.TokenDataset` that a run and an evaluation use."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from lm.core.batch import Batch
+from lm.data.batches import StepBatches
 from lm.data.hashing import digest, fold
 from lm.data.synthetic.base import Draw, Task
 from lm.data.synthetic.ids import Ids
@@ -36,7 +36,7 @@ class RowMaker:
                      np.where(present, made.positions, tail).astype(np.int32))
 
 
-class SyntheticDataset:
+class SyntheticDataset(StepBatches):
     """One split of a task for one batch size and sequence length. Every training row is new; the validation rows are
     the same at every evaluation and for every training seed.
 
@@ -56,23 +56,6 @@ class SyntheticDataset:
         self.reader = RowMaker(task, fold(seed, name, split), seq_len, only)
         self.num_rows_per_epoch = VALIDATION_ROWS
         self.fingerprint = digest(name, dataclasses.asdict(task), [split, seed, batch_size, seq_len, only])
-
-    def _slice(self, process_index: int, process_count: int) -> tuple[int, int]:
-        if self.batch_size % process_count:
-            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {process_count} processes; make "
-                             f"it a multiple of {process_count}")
-        size = self.batch_size // process_count
-        return process_index * size, size
-
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """This process's rows of batch `step`."""
-        first, size = self._slice(process_index, process_count)
-        return self.reader.rows(step * self.batch_size + first, size)
-
-    def num_eval_batches(self, limit: int | None = None) -> int:
-        """How many batches `eval_batches` yields."""
-        every = math.ceil(self.num_rows_per_epoch / self.batch_size)
-        return every if limit is None else min(limit, every)
 
     def eval_batches(self, limit: int | None = None, process_index: int = 0, process_count: int = 1
                      ) -> Iterator[Batch]:
