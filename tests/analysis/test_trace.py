@@ -42,6 +42,7 @@ def test_the_clean_run_is_the_models_and_nothing_before_the_subject_matters():
     assert found.restored.shape == (3, 5)
     assert abs(found.corrupted - found.clean) > 1e-2
     np.testing.assert_allclose(found.restored[:, 0], found.corrupted, atol=1e-4)
+    assert np.ptp(found.restored[:, 1:], axis=0).min() > 1e-3, "each layer brings something else back"
 
 
 @pytest.mark.slow

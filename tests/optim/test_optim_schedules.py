@@ -30,10 +30,10 @@ def test_wsd_without_decay_stays():
 
 
 def test_exponential_by_formula():
-    """The learning rate of RWKV-4: a peak that stays, then a geometric fall; the warm-up starts at a fifth."""
+    """The learning rate of RWKV-4: a peak that stays, then a geometric fall; the warm-up starts above its first step's share."""
     got = values(20, range(22), schedule="exponential", learning_rate=6e-4, final_fraction=1 / 60, warmup_steps=5,
-                 warmup_start=0.2, decay_steps=10)
-    want = [6e-4 * (0.2 + 0.8 * s / 4) for s in range(5)] + [6e-4] * 5 + [
+                 warmup_start=0.4, decay_steps=10)
+    want = [6e-4 * (0.4 + 0.6 * s / 4) for s in range(5)] + [6e-4] * 5 + [
         6e-4 * 60 ** (-s / 10) for s in range(11)] + [1e-5]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     whole = values(20, [3, 10, 20], schedule="exponential", learning_rate=1.0, final_fraction=0.01, warmup_steps=0)

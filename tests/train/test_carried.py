@@ -64,6 +64,16 @@ def test_microbatches_and_meshes_change_nothing(options):
     np.testing.assert_allclose(got, run(optimizer=ADAMW, batch_of=window), rtol=1e-5)
 
 
+def test_the_carry_is_split_as_the_rows_are():
+    model = build_model(MODEL, VOCAB)
+    recipe = make_recipe(model, STILL, carried_state(model.initial_state, B, 2))
+    mesh = make_mesh({"data": 2, "fsdp": 2}, devices=jax.devices()[:4])
+    held = recipe.abstract(mesh).carry
+    assert held.positions.shape == (2, B // 2) and held.positions.sharding.shard_shape((2, B // 2)) == (2, B // 8)
+    for leaf in jax.tree.leaves(held.stack.pattern):        # [microbatches, repeats, rows, ...]
+        assert leaf.sharding.shard_shape(leaf.shape)[2] == B // 8
+
+
 def test_a_state_that_grows_is_refused():
     model = build_model({**MODEL, "attention": dict(num_heads=4)}, VOCAB)
     with pytest.raises(ValueError, match=r"keeps every token .*give attention a window"):
