@@ -30,7 +30,7 @@ def test_wsd_without_decay_stays():
 
 
 def test_exponential_by_formula():
-    """The learning rate of RWKV-4: a peak that stays, then a geometric fall; the warm-up starts above its first step's share."""
+    """The learning rate of RWKV-4: a peak that stays, then a geometric fall; a warm-up that starts higher."""
     got = values(20, range(22), schedule="exponential", learning_rate=6e-4, final_fraction=1 / 60, warmup_steps=5,
                  warmup_start=0.4, decay_steps=10)
     want = [6e-4 * (0.4 + 0.6 * s / 4) for s in range(5)] + [6e-4] * 5 + [
