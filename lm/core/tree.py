@@ -1,6 +1,6 @@
 """Names of leaves in a tree of parameters: `stack/pattern_0/attention/query/kernel`, `lora/...` for adapters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,10 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[
 
 
 def num_params(tree: Any) -> int:
+# The collection of a model's variables that holds running statistics: saved and used like parameters, not learned.
+STATS = "stats"
+
+
     """Total number of elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 

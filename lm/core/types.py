@@ -18,7 +18,7 @@ State = PyTree  # what a layer remembers: a NamedTuple of arrays with a leading 
 Aux = Mapping[str, Any]
 Carry = PyTree  # what outlives a train step without being a parameter
 Key = Array
-Metrics = Mapping[str, "Mean"]
+Metrics = Mapping[str, Any]  # name to Mean; "tally", where it is, to the `aux["tally"]` of all forward passes added up
 
 
 class Context(NamedTuple):
@@ -80,7 +80,7 @@ class Head(NamedTuple):
 class Output(NamedTuple):
     """What a language model gives back. hidden: [B, T, D] after the final norm; head: see `Head`; state: after the
     last token; aux: arrays that layers report, keyed `layer/name`, each with a leading axis over the layers that
-    report it."""
+    report it, and "tally" where layers take sums over tokens (see `lm.core.tally`)."""
 
     hidden: Array
     head: Head
@@ -121,11 +121,6 @@ class Mean(NamedTuple):
     def value(self) -> Array:
         """total / count; 0 where nothing was counted."""
         return self.total / jnp.where(self.count == 0, 1, self.count)
-
-
-def add_means(a: Metrics, b: Metrics) -> Metrics:
-    """Key by key sum of two collections of means with the same keys."""
-    return {name: Mean(a[name].total + b[name].total, a[name].count + b[name].count) for name in a}
 
 
 class TokenScores(NamedTuple):

@@ -14,7 +14,8 @@ class Block(nn.Module):
 
     layers: one Module a layer (token mixer, channel mixer, ...). names: their parameter names, distinct. norm: the
     template of every norm. A layer that returns `aux["publish"]` makes those values part of `ctx.shared` for the
-    layers after it; what was published first stays.
+    layers after it; what was published first stays. `aux["tally"]` of its layers (see `lm.core.tally`) stays nested by
+    their names. A `state` collection holds initial states that are learned.
     """
 
     layers: tuple[nn.Module, ...]
@@ -31,7 +32,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:
-        after, report, published = [], {}, {}
+        after, report, published, tally = [], {}, {}, {}
         for n, (layer, name, before) in enumerate(zip(self.layers, self.names, state, strict=True)):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, n)
             inner = ctx._replace(key=key, shared={**published, **ctx.shared})
@@ -40,7 +41,11 @@ class Block(nn.Module):
             x = constrain(x + y, "batch", "length", "activation_embed")
             after.append(s)
             published = {**aux.get("publish", {}), **published}
-            report |= {f"{name}/{k}": v for k, v in aux.items() if k != "publish"}
+            report |= {f"{name}/{k}": v for k, v in aux.items() if k not in ("publish", "tally")}
+            if "tally" in aux:
+                tally[name] = aux["tally"]
         if published:
             report["publish"] = published
         return x, tuple(after), report
+        if tally:
+            report["tally"] = tally

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.core.tree import STATS
 from lm.core.types import Array, Aux, Context, State, context
 from lm.layers.block import Block
 
@@ -71,12 +72,15 @@ class Stack(nn.Module):
             + self.repeats * sum(b.flops_per_token(embed_dim, seq_len) for b in self.pattern)
 
     def _variables(self, name: str, init: Callable[[], Any]) -> dict[str, Any]:
-        """The collections {"params": ..., "lora": ...} of the block(s) called `name`, initialised if they are new."""
+        """The collections {"params": ..., "lora": ..., "state": ..., "stats": ...} of the block(s) called `name`;
+        parameters and statistics are initialised if they are new, the others taken where they are."""
         if self.is_initializing() and not self.has_variable("params", name):
-            self.put_variable("params", name, init())
+            for collection, value in init().items():
+                self.put_variable(collection, name, value)
         out = {"params": nn.meta.unbox(self.get_variable("params", name))}
-        if self.has_variable("lora", name):
-            out["lora"] = self.get_variable("lora", name)
+        for beside in ("lora", "state", STATS):
+            if self.has_variable(beside, name):
+                out[beside] = nn.meta.unbox(self.get_variable(beside, name))
         return out
 
     @nn.compact
@@ -87,7 +91,7 @@ class Stack(nn.Module):
         def init_block(block: Block, depth: Array) -> Any:
             probe = context(1, 1)._replace(shared={"depth": depth, "num_layers": self.num_layers})
             return block.init(jax.random.fold_in(base, depth), jnp.zeros((1, 1, D), x.dtype),
-                              block.initial_state(1, D, x.dtype), probe)["params"]
+                              block.initial_state(1, D, x.dtype), probe)
 
         def init_repeated(block: Block, offset: int) -> Any:
             depths = first + offset + len(self.pattern) * jnp.arange(self.repeats)
@@ -101,43 +105,47 @@ class Stack(nn.Module):
             inner = ctx._replace(key=key, shared={**ctx.shared, "depth": depth, "num_layers": self.num_layers})
             return block.apply(variables, x, state, inner)
 
-        prefix_states, reports = [], []
+        prefix_states, reports, tally = [], [], {}
         for n, (block, before) in enumerate(zip(self.prefix, state.prefix, strict=True)):
             variables = self._variables(f"prefix_{n}", lambda b=block, n=n: init_block(b, jnp.int32(n)))
             body = self._remat(lambda v, x, s, ctx, d, b=block: run(b, v, x, s, ctx, d))
             x, after, aux = body(variables, x, before, ctx, jnp.int32(n))
             ctx = ctx._replace(shared={**aux.get("publish", {}), **ctx.shared})
             prefix_states.append(after)
-            reports.append({k: v[None] for k, v in aux.items() if k != "publish"})
+            reports.append({k: v[None] for k, v in aux.items() if k not in ("publish", "tally")})
+            if "tally" in aux:
+                tally[f"prefix_{n}"] = aux["tally"]
         if not self.repeats:
-            return x, StackState(tuple(prefix_states), state.pattern), merge(reports)
+            return x, StackState(tuple(prefix_states), state.pattern), merge(reports, tally)
 
         stacked = tuple(self._variables(f"pattern_{k}", lambda b=block, k=k: init_repeated(b, k))
                         for k, block in enumerate(self.pattern))
 
         def group(x: Array, variables: Any, states: Any, depth: Array):
             """One repeat of the pattern. What its layers publish is seen inside this repeat only."""
-            inner, afters, report = ctx, [], []
+            inner, afters, report, tally = ctx, [], [], {}
             for k, (block, v, s) in enumerate(zip(self.pattern, variables, states, strict=True)):
                 x, after, aux = run(block, v, x, s, inner, depth + k)
                 inner = inner._replace(shared={**aux.get("publish", {}), **inner.shared})
                 afters.append(after)
-                report.append({name: value[None] for name, value in aux.items() if name != "publish"})
-            return x, (tuple(afters), merge(report))
+                report.append({name: value[None] for name, value in aux.items() if name not in ("publish", "tally")})
+                if "tally" in aux:
+                    tally[f"pattern_{k}"] = aux["tally"]
+            return x, (tuple(afters), merge(report), tally)
 
         group = self._remat(group)
         depths = first + len(self.pattern) * jnp.arange(self.repeats, dtype=jnp.int32)
         if self.scan:
-            x, (pattern_states, report) = jax.lax.scan(
+            x, (pattern_states, report, repeated) = jax.lax.scan(
                 lambda x, inputs: group(x, *inputs), x, (stacked, state.pattern, depths))
         else:
             outs = []
             for inputs in unstack((stacked, state.pattern, depths), self.repeats):
                 x, out = group(x, *inputs)
                 outs.append(out)
-            pattern_states, report = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+            pattern_states, report, repeated = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
         reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
-        return x, StackState(tuple(prefix_states), pattern_states), merge(reports)
+        return x, StackState(tuple(prefix_states), pattern_states), merge(reports, {**tally, **repeated})
 
     def _remat(self, fn: Callable) -> Callable:
         if REMAT[self.remat] is None:
@@ -145,7 +153,9 @@ class Stack(nn.Module):
         return jax.checkpoint(fn, prevent_cse=not self.scan, policy=REMAT[self.remat])
 
 
-def merge(reports: list[Aux]) -> Aux:
-    """One mapping; values of the same name are concatenated on the layer axis, in order of depth."""
+def merge(reports: list[Aux], tally: Aux | None = None) -> Aux:
+    """One mapping; values of the same name are concatenated on the layer axis, in order of depth. `tally` goes beside
+    them where there is one: blocks by their names, [R, ...] of a pattern."""
     names = dict.fromkeys(name for report in reports for name in report)
-    return {name: jnp.concatenate([r[name] for r in reports if name in r]) for name in names}
+    merged = {name: jnp.concatenate([r[name] for r in reports if name in r]) for name in names}
+    return {**merged, "tally": tally} if tally else merged

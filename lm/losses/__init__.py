@@ -4,8 +4,15 @@ A value is a loss, a function (TokenScores, Batch) -> [B, T]; one with options i
 """
 
 from lm.losses.cross_entropy import next_token, z_loss
+from lm.losses.routing import Reported
 
 LOSSES = {
     "next_token": next_token,
     "z_loss": z_loss,
+}
+
+# Losses that layers report themselves.
+REPORTED = {
+    "load_balance": Reported("load_balance", additive=False),
+    "router_z": Reported("router_z", additive=True),
 }

@@ -169,6 +169,23 @@ def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module) -> 
     return Block(tuple(layers[part] for part in parts), names, norm)
 
 
+def layers_of(model: DecoderLM) -> list[nn.Module]:
+    """The templates of the layers of all its blocks, prefix first, those of the pattern once."""
+    return [layer for block in (*model.stack.prefix, *model.stack.pattern) for layer in block.layers]
+
+
+def not_additive(model: DecoderLM) -> tuple[str, ...]:
+    """What in its layers makes a batch more than the sum of its microbatches."""
+    return tuple(dict.fromkeys(what for layer in layers_of(model) for what in getattr(layer, "not_additive", ())))
+
+
+def check_mesh(model: DecoderLM, mesh: Mapping[str, int]) -> None:
+    """Raises ValueError where a layer cannot be split over a mesh of these sizes, with what could be."""
+    for layer in layers_of(model):
+        if hasattr(layer, "check_mesh"):
+            layer.check_mesh(mesh)
+
+
 def make_apply(model: nn.Module) -> Apply:
     """The model as a pure function of {"params": ...} and, where adapters are used, {"lora": ...}."""
     def apply(params, tokens, state=None, *, reset=None, positions=None, weights=None, key=None):

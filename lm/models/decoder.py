@@ -95,6 +95,8 @@ class DecoderLM(nn.Module):
         x, after, aux = self.stack(x, state.stack, ctx)
         x = self.final_norm(x)
 
+        if "tally" in aux:  # named like the variables
+            aux = {**aux, "tally": {"stack": aux["tally"]}}
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
         if not self.tie_embeddings and "head" in self.variables.get("lora", {}):

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from lm.core.tree import is_stacked, named_leaves
+from lm.core.tree import STATS, is_stacked, named_leaves
 from lm.optim.options import WHERE, OptimizerOptions
 
 
@@ -37,6 +37,10 @@ class Row:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+# Running statistics are moved by the train step; no rule of a user's makes parameters of them.
+RUNNING = {"match": rf"^{STATS}/", "freeze": True}
 
 
 def default_rules(options: OptimizerOptions) -> tuple[dict[str, Any], ...]:
@@ -70,7 +74,7 @@ def table(options: OptimizerOptions, params_shapes: Any) -> tuple[Row, ...]:
             near = difflib.get_close_matches(re.sub(r"[^\w/]", "", rule["match"]), leaves, n=3, cutoff=0.0)
             raise ValueError(f"{WHERE}.rules[{index}] matches no parameter: {rule['match']!r}; the nearest are "
                              f"{', '.join(near)}")
-    rules = (*options.rules, *default_rules(options))
+    rules = (RUNNING, *options.rules, *default_rules(options))
     rows = tuple(_row(options, rules, name, tuple(leaf.shape)) for name, leaf in leaves.items())
     if all(row.frozen for row in rows):
         raise ValueError(f"{WHERE}.rules freeze all {len(rows)} parameters; nothing is left to train")

@@ -5,16 +5,16 @@ The group names losses of `lm.losses.LOSSES`; a value is the weight, or a mappin
     loss = dict(next_token=1.0, z_loss=1e-4)
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lm.core.fields import build, check_known, did_you_mean, fill
 from lm.core.types import Objective
-from lm.losses import LOSSES
+from lm.losses import LOSSES, REPORTED
 from lm.losses.base import Term
 from lm.tasks.language_modeling import LanguageModeling
 
+TERMS = {**LOSSES, **REPORTED}
 CHUNK = "chunk"  # the one option that belongs to the objective, not to a loss
 
 
@@ -28,11 +28,11 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"config.loss.chunk must be an int of at least 1, or None; got {value!r}")
             out[name] = value
             continue
-        if name not in LOSSES:
-            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, LOSSES) or '.'} "
-                             f"It takes: {', '.join(LOSSES)}, {CHUNK}")
+        if name not in TERMS:
+            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, TERMS) or '.'} "
+                             f"It takes: {', '.join(TERMS)}, {CHUNK}")
         out[name] = _resolve_term(name, value)
-    if not any(name in LOSSES for name in out):
+    if not any(name in TERMS for name in out):
         if given and set(given) != {CHUNK}:
             raise ValueError("config.loss needs at least one loss, e.g. dict(next_token=1.0)")
         out = {"next_token": 1.0, **out}
@@ -47,14 +47,14 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_term(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         options = {k: v for k, v in value.items() if k != "weight"}
-        if dataclasses.is_dataclass(LOSSES[name]):
-            build(LOSSES[name], options, f"config.loss.{name}")  # for its own check
-            options = fill(LOSSES[name], options, f"config.loss.{name}")
+        if isinstance(TERMS[name], type):
+            build(TERMS[name], options, f"config.loss.{name}")  # for its own check
+            options = fill(TERMS[name], options, f"config.loss.{name}")
         else:
             check_known(options, (), f"config.loss.{name}", "option besides weight:")
         return {"weight": _weight(name, value.get("weight", 1.0)), **options}
-    if dataclasses.is_dataclass(LOSSES[name]):
-        return {"weight": _weight(name, value), **fill(LOSSES[name], {}, f"config.loss.{name}")}
+    if isinstance(TERMS[name], type):
+        return {"weight": _weight(name, value), **fill(TERMS[name], {}, f"config.loss.{name}")}
     return _weight(name, value)
 
 
@@ -64,16 +64,19 @@ def _weight(name: str, value: Any) -> float:
     return float(value)
 
 
-def build_objective(config: Mapping[str, Any], *, carry_state: bool = False) -> Objective:
-    """The objective that the `loss` group describes (resolved or not). carry_state: rows go on from step to step."""
+def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
+                    not_additive: tuple[str, ...] = ()) -> Objective:
+    """The objective that the `loss` group describes (resolved or not). carry_state: rows go on from step to step.
+    not_additive: what in the model makes a batch more than the sum of its microbatches."""
     resolved = resolve_loss(config)
     chunk = resolved.pop(CHUNK)
     terms = {}
     for name, value in resolved.items():
         if isinstance(value, Mapping):
             options = {k: v for k, v in value.items() if k != "weight"}
-            loss = LOSSES[name](**options) if dataclasses.is_dataclass(LOSSES[name]) else LOSSES[name]
+            loss = TERMS[name](**options) if isinstance(TERMS[name], type) else TERMS[name]
             terms[name] = Term(loss, value["weight"])
         else:
-            terms[name] = Term(LOSSES[name], value)
-    return LanguageModeling(terms, chunk, carry_state)
+            terms[name] = Term(TERMS[name], value)
+    alone = tuple(name for name in terms if name in REPORTED and not REPORTED[name].additive)
+    return LanguageModeling(terms, chunk, carry_state, (*alone, *not_additive))

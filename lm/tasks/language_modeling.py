@@ -7,6 +7,7 @@ from lm.core.batch import Batch
 from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Output, Params, State, TokenScores
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
+from lm.losses.routing import Reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +31,20 @@ class LanguageModeling:
     def counts(self, batch: Batch) -> Mapping[str, Array]:
         """The weight that each term divides by, from the batch alone."""
         count = batch.weights.sum()
-        return {name: count for name in self.terms}
+        return {name: term.loss.count(batch) if isinstance(term.loss, Reported) else count
+                for name, term in self.terms.items()}
 
     def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
                  key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
-        """(means of the terms, carry, {"accuracy": share of targets that are the most probable token})."""
+        """(means of the terms, carry, {"accuracy": share of targets that are the most probable token, "tally": what the
+        layers counted, where they do})."""
         out = forward(apply, params, batch, key, carry if self.carry_per_row else None)
         scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
-        means = {name: Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
+        means = {name: term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported)
+                 else Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
         after = out.state if self.carry_per_row else carry
-        return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights)}
+        tally = {"tally": out.aux["tally"]} if "tally" in out.aux else {}
+        return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights), **tally}
 
 
 def forward(apply: Apply, params: Params, batch: Batch, key: Key | None = None, state: State = None) -> Output:

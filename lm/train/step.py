@@ -13,7 +13,9 @@ import optax
 
 from lm.core.batch import Batch
 from lm.core.sharding import constrain
-from lm.core.types import Apply, Array, Carry, Key, Mean, Objective, Params, add_means
+from lm.core.tally import by_layer, settle
+from lm.core.tree import STATS, named_leaves
+from lm.core.types import Apply, Array, Carry, Key, Mean, Objective, Params
 from lm.losses.base import weight_at
 from lm.optim.builder import Optimizer
 from lm.optim.ema import ema_update
@@ -27,7 +29,9 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
     """The function that a run jits, with its state donated.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step` (or, with skip_nonfinite, the count of
-    skips and the step). Metrics are scalars, keyed `train/...`.
+    skips and the step). Metrics are scalars, keyed `train/...`. What layers counted (`metrics["tally"]`) is settled
+    once, from the whole batch: running statistics move on with the parameters, and there are metrics of each layer,
+    `train/layer_<depth>/...`.
 
     Raises ValueError for terms that do not add up over microbatches, unless per_microbatch.
     """
@@ -54,6 +58,9 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             lambda carry, part, key: gradient(trainable, state.params, carry, part, counts, state.step, key),
             state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
 
+        tally = metrics.get("tally", {})
+        stats, counted = settle(state.params.get(STATS, {}), tally) if tally else ({}, {})
+        metrics = {name: mean for name, mean in metrics.items() if name != "tally"}
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         ok = finite & (state.bad_step < 0)
@@ -64,6 +71,9 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             ema = state.ema
             if ema is not None:
                 ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
+            if stats:  # averages already: the average of the parameters goes with the newest
+                params = {**params, STATS: stats}
+                ema = None if ema is None else {**ema, STATS: stats}
             return params, opt_state, carry, ema
 
         params, opt_state, carry, ema = jax.lax.cond(
@@ -80,6 +90,8 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             "train/skipped": after.skipped,
             "train/bad_step": after.bad_step,
             **{f"train/{name}": mean.value for name, mean in {**means, **metrics}.items()},
+            **{f"train/{name}": value
+               for name, value in by_layer(counted, named_leaves(state.params)).items()},
         }
         return after, report
 
@@ -114,7 +126,7 @@ def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch
         index, part, own = inputs
         (l, (m, after, r)), g = gradient(own if carry_per_row else shared, part, jax.random.fold_in(key, index))
         shared, own = (None, after) if carry_per_row else (after, None)
-        return (loss + l, jax.tree.map(jnp.add, grads, g), add_means(means, m), add_means(metrics, r), shared), own
+        return (loss + l, *jax.tree.map(jnp.add, (grads, means, metrics), (g, m, r)), shared), own
 
     (loss, grads, means, metrics, shared), own = jax.lax.scan(
         body, (loss, grads, means, metrics, shared), (jnp.arange(microbatches), parts, own))

@@ -1,0 +1,112 @@
+"""Rows of a table that every token retrieves by product keys, and what is made of them: PEER and product key memory.
+
+Shape legend: B batch, T time, M tokens of a device, D embed_dim, H heads, Q key_dim, k top_k, N rows of the table.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lm.core.tally import Moments, Usage
+from lm.core.types import Array, Aux, Mean
+from lm.layers.experts.product_keys import ProductKeys, RouterArrays, choose, query_moments
+from lm.layers.experts.shards import Split, on_shards, over_chunks, split_of, total
+
+CHUNK_BYTES = 1 << 28  # temporaries of a chunk of tokens where the layer does not say how many tokens it has
+OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured: it sorts every token's ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """spec: the router. combine: (x [1, M, D], ids, gates [1, M, H, k], table) -> [1, M, D], where ids outside of the
+    table choose nothing. training: a batch norm takes the batch's statistics
+    (with a momentum of 1 always the running ones). chunk: tokens at a time, None by
+    memory. usage_tokens: of a device's chunk, whose choices are counted; None is all. window: see `Usage`."""
+
+    spec: ProductKeys
+    combine: Callable[[Array, Array, Array, Array], Array]
+    training: bool
+    chunk: int | None
+    usage_tokens: int | None
+    window: int
+
+    def __call__(self, x: Array, present: Array, router: RouterArrays, table: Array) -> tuple[Array, Aux]:
+        """(y [B, T, D], tally) of x [B, T, D], present [B, T] and the table [N, ...]."""
+        split = split_of(x.shape, self.spec.num_heads, table.shape[0])
+        if split is None:
+            return self.local(Split(), x, present, router, table)
+        tokens, head = P(split.batch, split.length), P(split.heads)
+        keys = P(None, split.heads) if self.spec.per_head_keys else P()
+        arrays = RouterArrays(P(None, split.heads), (P(), P(None, split.heads)), head, head, keys, head, head)
+        arrays = RouterArrays(*(None if given is None else one for given, one in zip(router, arrays, strict=True)))
+        tally = {"usage": Usage(P(split.rows), self.window), "entropy": Mean(P(), P()), "overlap": Mean(P(), P())}
+        if self.counts_moments:
+            tally["router"] = {"queries": Moments(P(), head, head, self.spec.momentum)}
+        run = on_shards(lambda *args: self.local(split, *args), (tokens, tokens, arrays, P(split.rows)),
+                        (tokens, tally))
+        return run(x, present, router, table)
+
+    @property
+    def counts_moments(self) -> bool:
+        """Whether the tokens of a call are what the running statistics of the queries are made from."""
+        return self.training and self.spec.query_norm == "batch" and self.spec.momentum < 1
+
+    def local(self, split: Split, x: Array, present: Array, router: RouterArrays, table: Array) -> tuple[Array, Aux]:
+        """One device's part: its tokens, the heads and rows that it owns; outputs and sums are whole."""
+        B, T, D = x.shape
+        x, present = x.reshape(1, B * T, D), present.reshape(1, B * T)
+        size = self.chunk or max(1, CHUNK_BYTES // self.token_bytes(router))
+        moments = None
+        if self.counts_moments:
+            _, moments = over_chunks(lambda x, here: (x[..., :0], query_moments(x, here, router, self.spec.momentum)),
+                                     size, x, present)
+            moments = total(moments, *split.tokens)
+            shape = router.kernel.shape[1:]
+            mean, var = (value.reshape(shape) for value in moments.mean_and_var())
+            router = router._replace(mean=mean, var=var)
+        first, rows = split.first_row(table.shape[0]), table.shape[0]
+
+        def some(x, here):
+            ids, gates, entropy = choose(x, here, router, self.spec)
+            own = jnp.where((ids >= first) & (ids < first + rows), ids - first, -1)
+            return self.combine(x, own, gates, table), self.measured(split, here, ids, own, gates, entropy, rows)
+
+        y, sums = over_chunks(some, size, x, present)
+        y = total(y, split.rows, split.heads).reshape(B, T, D)
+        over = {"usage": (split.tokens, split.heads), "entropy": (split.tokens, split.heads),
+                "overlap": (split.tokens,)}
+        tally = {name: total(value, *over[name]) for name, value in sums.items()}
+        if moments is not None:
+            tally["router"] = {"queries": jax.lax.stop_gradient(moments)}
+        return y, tally
+
+    def token_bytes(self, router: RouterArrays) -> int:
+        """Bytes of temporaries a token, about: float32 queries and their gradients, and a few numbers a chosen row."""
+        return 16 * router.kernel[0].size + 48 * router.kernel.shape[1] * self.spec.top_k
+
+    def measured(self, split: Split, present: Array, ids: Array, own: Array, gates: Array, entropy: Array,
+                 num_rows: int) -> Aux:
+        """The sums of a chunk over its tokens. own: ids relative to this device's rows, -1 elsewhere."""
+        count = ids.shape[1] if self.usage_tokens is None else min(self.usage_tokens, ids.shape[1])
+        own = jnp.where(own >= 0, own, num_rows)[:, :count].reshape(-1)
+        wide = jax.lax.stop_gradient(gates[:, :count]).astype(jnp.float32).reshape(-1)
+        scores = jnp.zeros((num_rows,), jnp.float32).at[own].add(wide, mode="drop")
+        here = (present != 0).astype(jnp.float32)
+        few = slice(0, min(OVERLAP_TOKENS, ids.shape[1]))
+        return {"usage": Usage(scores, self.window),
+                "entropy": Mean.of(entropy, jnp.broadcast_to(here[..., None], entropy.shape)),
+                "overlap": Mean.of(overlap(every_head(ids[:, few], split)), here[:, few])}
+
+
+def every_head(ids: Array, split: Split) -> Array:
+    """Ids [1, M, H, k] of all heads, where a device has some of them."""
+    return ids if split.heads is None else jax.lax.all_gather(ids, split.heads, axis=2, tiled=True)
+
+
+def overlap(ids: Array) -> Array:
+    """[1, M]: the share of a token's H * k choices that another of its heads has made too, so that it counts twice."""
+    flat = jnp.sort(ids.reshape(*ids.shape[:2], -1), -1)
+    return jnp.mean(flat[..., 1:] == flat[..., :-1], -1, dtype=jnp.float32) * (flat.shape[-1] - 1) / flat.shape[-1]
