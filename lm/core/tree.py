@@ -31,13 +31,14 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[
                                             is_leaf=is_leaf)
 
 
-def num_params(tree: Any) -> int:
 # The collection of a model's variables that holds running statistics: saved and used like parameters, not learned.
 STATS = "stats"
 
 
-    """Total number of elements."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def num_params(tree: Any) -> int:
+    """Total number of elements, those of running statistics left out."""
+    learned = {name: part for name, part in tree.items() if name != STATS} if isinstance(tree, Mapping) else tree
+    return sum(leaf.size for leaf in jax.tree.leaves(learned))
 
 
 # A leaf under one of these path parts holds one parameter of each repeated layer, stacked on its leading axis.
