@@ -37,9 +37,9 @@ def write_out(args: argparse.Namespace) -> str:
     note = ""
     with staged(out) as stage:
         params, step = restore_params(args.workdir, None, args.step, ema=args.ema)
-        if "lora" in params:
-            raise ValueError(f"{args.workdir} holds adapters beside its weights, for which others have no names; "
-                             f"there is no command yet that adds them up")
+        if "lora" in params or "state" in params:
+            raise ValueError(f"{args.workdir} holds adapters or initial states beside its weights, for which others "
+                             f"have no names; there is no command yet that adds adapters up")
         if args.to == "blinkdl":
             tensors = to_blinkdl(group, params, vocab, cast(dtype))
             write_safetensors(stage, tensors)

@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from launch import adapters
 from launch import config as configs
 from launch.config_workdir import check_place
-from lm.adapters.lora import init_lora
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import Apply, Params
 from lm.data.corpora import load_tokenizer
@@ -71,9 +71,7 @@ def abstract_variables(model: DecoderLM, config: ConfigDict, mesh: Mesh) -> Para
     boxed = abstract_params(model)
     out = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                        nn.meta.unbox(boxed), shardings(boxed, mesh))
-    if config.train.lora_rank is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
-        lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), out["params"], config.train.lora_rank,
-                                                config.train.lora_match))
-        out["lora"] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), lora)
-    return out
+    whole = NamedSharding(mesh, PartitionSpec())
+    made = jax.eval_shape(lambda: adapters.beside(configs.options(config, "train"), model, out["params"],
+                                                  jax.random.key(0)))
+    return {**out, **jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), made)}

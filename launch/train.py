@@ -68,6 +68,7 @@ class Prepared:
 
     def experiment(self, workdir: str) -> Any:
         """The `lm.train.loop.Experiment` of this run."""
+        from launch import adapters
         from launch import config as configs
         from launch.evaluation import Evaluation
         from lm.data.loader import iterate
@@ -89,7 +90,7 @@ class Prepared:
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
             # Frozen kernels need no gradient of their own: forward, and backward through the inputs.
-            passes=3.0 if self.options.lora_rank is None else 2.0, bytes_per_token=bytes_per_token,
+            passes=2.0 if adapters.used(self.options) else 3.0, bytes_per_token=bytes_per_token,
             baselines=evaluation.baselines)
 
     def start(self, state: Any) -> Any:
@@ -110,8 +111,8 @@ def prepare(config: Any) -> Prepared:
     import jax
     from flax import linen as nn
 
+    from launch import adapters
     from launch import config as configs
-    from lm.adapters.lora import init_lora
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
     from lm.data.corpora import load_corpora
@@ -132,20 +133,16 @@ def prepare(config: Any) -> Prepared:
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
     boxed = abstract_params(model)
     optimizer_options = configs.options(config, "optimizer")
-    if options.lora_rank is not None:
-        boxed["lora"] = jax.eval_shape(lambda: init_lora(jax.random.key(0), nn.meta.unbox(boxed["params"]),
-                                                         options.lora_rank, options.lora_match))
-        frozen = {"match": r"^(?!lora/)", "freeze": True}
-        optimizer_options = dataclasses.replace(optimizer_options, rules=(frozen, *optimizer_options.rules))
+    if adapters.used(options):
+        boxed |= jax.eval_shape(lambda: adapters.beside(options, model, nn.meta.unbox(boxed["params"]),
+                                                        jax.random.key(0)))
+        optimizer_options = dataclasses.replace(optimizer_options, rules=(adapters.FROZEN, *optimizer_options.rules))
     shapes = nn.meta.unbox(boxed)
 
     def init(key):
         import jax.numpy as jnp
         params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
-        if options.lora_rank is not None:
-            params["lora"] = init_lora(jax.random.fold_in(key, 1), params["params"], options.lora_rank,
-                                       options.lora_match)
-        return params
+        return {**params, **adapters.beside(options, model, params["params"], jax.random.fold_in(key, 1))}
 
     carry = tuple
     if options.carry_state:

@@ -1,4 +1,5 @@
-"""Names of leaves in a tree of parameters: `stack/pattern_0/attention/query/kernel`, `lora/...` for adapters."""
+"""Names of leaves in a tree of parameters: `stack/pattern_0/attention/query/kernel`; adapters and
+learned initial states under `lora/...` and `state/...`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -13,7 +13,7 @@ from lm.core.batch import Batch
 
 Array = jax.Array
 PyTree = Any
-Params = PyTree  # the variables of a model: {"params": ...} and, where adapters are used, {"lora": ...}
+Params = PyTree  # the variables of a model: {"params": ...}, with {"lora": ...} (adapters), {"state": ...} (learned)
 State = PyTree  # what a layer remembers: a NamedTuple of arrays with a leading batch axis; () for stateless layers
 Aux = Mapping[str, Any]
 Carry = PyTree  # what outlives a train step without being a parameter

@@ -95,7 +95,8 @@ class DataOptions(SourceOptions):
     add_eos: bool = option(False, "predict the tokenizer's eos id after the last token of every document")
     packing: str = option("first_fit", "first_fit keeps documents up to seq_len whole; concat joins and cuts them; "
                                        "lanes does, and each row goes on where it ended in the batch before (for "
-                                       "train.carry_state)")
+                                       "train.carry_state); single puts one document in a row (for "
+                                       "train.state_tuning)")
     packing_window: int | None = option(None, "documents (first_fit) or rows (concat) planned and shuffled together; "
                                               "None chooses from the lengths")
     shuffle: bool = option(True, "False keeps documents and rows in the order of the source")

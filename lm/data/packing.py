@@ -155,7 +155,26 @@ class Concat:
         return Pieces(order[first:last], start - bounds[first:last], stop - start, np.zeros(last - first, np.int64))
 
 
-PACKINGS = {"first_fit": FirstFit, "concat": Concat}
+class Single:
+    """One document a row, cut every T inputs; what a row has left over is padding."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, *, key: int, window: int | None, shuffle: bool) -> None:
+        del key, shuffle  # rows are shuffled by `RowOrder`, and here a row is nothing but a piece
+        self._lengths, self._seq_len = lengths, seq_len
+        self._bounds = np.concatenate([[0], np.cumsum(-(-lengths // seq_len))])
+        self.num_rows = int(self._bounds[-1])
+        self.row_bounds = np.append(np.arange(0, self.num_rows, window or 65536), self.num_rows)
+
+    def pieces(self, epoch: int, row: int) -> Pieces:
+        """The piece of a row; `row` counts in the order of the plan, before the epoch's shuffle."""
+        del epoch
+        document = np.searchsorted(self._bounds, row, "right") - 1
+        start = (row - self._bounds[document]) * self._seq_len
+        length = min(int(self._lengths[document]) - start, self._seq_len)
+        return Pieces(*(np.array([value], np.int64) for value in (document, start, length, 0)))
+
+
+PACKINGS = {"first_fit": FirstFit, "concat": Concat, "single": Single}
 
 
 class RowOrder:

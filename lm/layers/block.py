@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context, State
+from lm.layers.learned_state import run_from
 
 
 class Block(nn.Module):
@@ -37,7 +38,11 @@ class Block(nn.Module):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, n)
             inner = ctx._replace(key=key, shared={**published, **ctx.shared})
             # A template is copied before it is bound: two uses of one instance would silently share parameters.
-            y, s, aux = layer.copy(name=name)(self.norm.copy(name=f"norm{n}")(x), before, inner)
+            call, normed = layer.copy(name=name), self.norm.copy(name=f"norm{n}")(x)
+            if self.has_variable("state", name):
+                y, s, aux = run_from(call, self.get_variable("state", name), normed, before, inner)
+            else:
+                y, s, aux = call(normed, before, inner)
             x = constrain(x + y, "batch", "length", "activation_embed")
             after.append(s)
             published = {**aux.get("publish", {}), **published}
@@ -46,6 +51,6 @@ class Block(nn.Module):
                 tally[name] = aux["tally"]
         if published:
             report["publish"] = published
-        return x, tuple(after), report
         if tally:
             report["tally"] = tally
+        return x, tuple(after), report

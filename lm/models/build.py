@@ -187,7 +187,7 @@ def check_mesh(model: DecoderLM, mesh: Mapping[str, int]) -> None:
 
 
 def make_apply(model: nn.Module) -> Apply:
-    """The model as a pure function of {"params": ...} and, where adapters are used, {"lora": ...}."""
+    """The model as a pure function of {"params": ...}, with {"lora": ...} and {"state": ...} where those are used."""
     def apply(params, tokens, state=None, *, reset=None, positions=None, weights=None, key=None):
         return model.apply(params, tokens, state, reset=reset, positions=positions, weights=weights, key=key)
     return apply

@@ -77,6 +77,8 @@ class DecoderLM(nn.Module):
             reset = fresh if reset is None else reset | fresh
         reset = jnp.zeros((B, T), bool) if reset is None else reset
         weights = jnp.ones((B, T), bool) if weights is None else weights
+        if "state" in self.variables:  # learned, it stands in for the given one wherever no token was seen
+            reset = reset.at[:, 0].set(reset[:, 0] | (state.positions == 0))
         if positions is None:
             positions = positions_after(state.positions, reset, weights)
         last = jnp.sum(weights != 0, axis=1, dtype=jnp.int32)
@@ -93,10 +95,10 @@ class DecoderLM(nn.Module):
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
         ctx = Context(reset, positions, weights, key, {})
         x, after, aux = self.stack(x, state.stack, ctx)
-        x = self.final_norm(x)
-
         if "tally" in aux:  # named like the variables
             aux = {**aux, "tally": {"stack": aux["tally"]}}
+        x = self.final_norm(x)
+
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
         if not self.tie_embeddings and "head" in self.variables.get("lora", {}):

@@ -26,6 +26,8 @@ class TrainOptions:
     hang_seconds: float | None = option(None, "a step that takes longer (after compilation) ends the run with code 77")
     lora_rank: int | None = option(None, "train adapters of this rank and freeze the rest; None trains everything")
     lora_match: str = option(r".*/kernel", "regular expression of the kernels that get an adapter")
+    state_tuning: bool = option(False, "train the initial states of recurrent layers and freeze the rest; needs rows "
+                                       "of one document, data.packing='single'")
     init_from: str | None = option(None, "workdir of another run whose parameters are the start")
 
     def check(self) -> None:

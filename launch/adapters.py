@@ -1,0 +1,42 @@
+"""What a config trains beside a frozen model: low-rank adapters, initial states, or both."""
+
+from typing import Any
+
+from lm.data.synthetic import TASKS
+
+SINGLE = "single"
+FROZEN = {"match": r"^(?!lora/|state/)", "freeze": True}
+
+
+def used(train: Any) -> bool:
+    """Whether these options of the group `train` leave the model's own parameters as they are."""
+    return train.lora_rank is not None or train.state_tuning
+
+
+def beside(train: Any, model: Any, params: Any, key: Any) -> dict[str, Any]:
+    """The collections beside `params`: {"lora": ...}, {"state": ...}, both or none. params: arrays or shapes.
+
+    Raises ValueError where the model has nothing that the options could train.
+    """
+    out = {}
+    if train.lora_rank is not None:
+        from lm.adapters.lora import init_lora
+        out["lora"] = init_lora(key, params, train.lora_rank, train.lora_match)
+    if train.state_tuning:
+        from lm.models.state_tuning import init_states
+        out["state"] = init_states(model)
+    return out
+
+
+def check(train: Any, data: Any) -> None:
+    """Raises ValueError where a learned initial state would meet documents that start inside a row."""
+    if not train.state_tuning:
+        return
+    if data.kind in TASKS and not data.sources:
+        if data.task.get("length") is not None:
+            raise ValueError(f"config.train.state_tuning needs one word a row, and config.data.task.length="
+                             f"{data.task['length']} puts several into one; leave it out")
+    elif data.packing != SINGLE:
+        raise ValueError(f"config.train.state_tuning starts every document from the learned state, which the recurrent "
+                         f"operations can do at the start of a row alone, and config.data.packing={data.packing!r} "
+                         f"puts several documents into a row; set data.packing={SINGLE!r}")
