@@ -56,14 +56,15 @@ class ChannelMix(nn.Module):
         D, hidden = x.shape[-1], self.hidden_dim(x.shape[-1])
         _, r10 = rwkv_init.ratios(ctx.shared)
         before, last = shift(x, state.shift, ctx)
+        change = x - before
 
         def mixed(name: str) -> Array:
             if self.version < 6:
                 share = rwkv_init.vector(self, f"mix_{name}", rwkv_init.mix(r10), D, "activation_embed").astype(x.dtype)
-                return x * share + before * (1 - share)
+                return before + change * share
             power = r10**3 if self.version == 6 else r10**4
             share = rwkv_init.vector(self, f"mix_{name}", rwkv_init.unmix(power), D, "activation_embed")
-            return x + (before - x) * share.astype(x.dtype)
+            return x - change * share.astype(x.dtype)
 
         k = Dense(hidden, ("embed", "mlp"), kernel_init=rwkv_init.orthogonal(1.0), name="key")(mixed("key"))
         y = Dense(D, ("mlp", "embed"), kernel_init=rwkv_init.ZEROS, name="value")(jnp.square(jax.nn.relu(k)))

@@ -60,10 +60,11 @@ class RWKV4(nn.Module):
         D, C = x.shape[-1], self.width(x.shape[-1])
         r01, r10 = rwkv_init.ratios(ctx.shared)
         before, last = shift(x, state.shift, ctx)
+        change = x - before
 
         def project(name: str, init: rwkv_init.Init, kernel_init: rwkv_init.Init) -> Array:
             share = rwkv_init.vector(self, f"mix_{name}", init, D, "activation_embed").astype(x.dtype)
-            return Dense(C, ("embed", "heads"), kernel_init=kernel_init, name=name)(x * share + before * (1 - share))
+            return Dense(C, ("embed", "heads"), kernel_init=kernel_init, name=name)(before + change * share)
 
         k = project("key", rwkv_init.mix(r10), rwkv_init.ZEROS)
         v = project("value", rwkv_init.mix(r10, 0.3 * r01), rwkv_init.orthogonal(1.0))

@@ -8,11 +8,14 @@ import pytest
 
 from launch.huge_pages import VARIABLE, environment
 
+SETTINGS = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=1073741824:"
+            "glibc.malloc.arena_max=1")
+
 
 @pytest.mark.parametrize("command, environ, want", [
-    ("train", {"JAX_PLATFORMS": "cpu"}, "glibc.malloc.hugetlb=1"),
+    ("train", {"JAX_PLATFORMS": "cpu"}, SETTINGS),
     ("train", {"JAX_PLATFORMS": "cpu", VARIABLE: "glibc.malloc.check=1"},
-     "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+     f"glibc.malloc.check=1:{SETTINGS}"),
     ("train", {"JAX_PLATFORMS": "cpu", VARIABLE: "glibc.malloc.hugetlb=0"}, None),
     ("train", {"JAX_PLATFORMS": "tpu"}, None),
     ("train", {}, None),
