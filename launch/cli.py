@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("launch.eval", "evaluate a checkpoint"),
     "generate": ("launch.generate", "sample text from a checkpoint"),
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
+    "plan": ("launch.plan", "parameters in all and active, and FLOPs a token, of a config's layers"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "data": ("launch.data", "prepare text for training, or show packed rows"),
     "analyze": ("launch.analyze", "what a trained model does inside: decays, and where a fact is"),

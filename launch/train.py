@@ -72,7 +72,7 @@ class Prepared:
         from launch import config as configs
         from launch.evaluation import Evaluation
         from lm.data.loader import iterate
-        from lm.models.build import make_apply
+        from lm.models.build import make_apply, not_additive
         from lm.tasks.build import build_objective
         from lm.train.loop import Experiment
         data = configs.options(self.config, "data")
@@ -85,7 +85,8 @@ class Prepared:
 
         return Experiment(
             apply=make_apply(self.model), objective=build_objective(
-                self.config.loss.to_dict(), carry_state=self.options.carry_state), recipe=self.recipe,
+                self.config.loss.to_dict(), carry_state=self.options.carry_state,
+                not_additive=not_additive(self.model)), recipe=self.recipe,
             batches=batches, batch_at=self.train_set.batch, evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
@@ -117,7 +118,7 @@ def prepare(config: Any) -> Prepared:
     from lm.core.tree import num_params
     from lm.data.corpora import load_corpora
     from lm.data.loader import build_dataset
-    from lm.models.build import abstract_params, build_model
+    from lm.models.build import abstract_params, build_model, check_mesh
     from lm.optim.builder import build_optimizer
     from lm.train.carried import carried_state
     from lm.train.state import Recipe
@@ -131,6 +132,7 @@ def prepare(config: Any) -> Prepared:
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
                               seq_len=options.seq_len, corpora=corpora)
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
+    check_mesh(model, mesh.shape)
     boxed = abstract_params(model)
     optimizer_options = configs.options(config, "optimizer")
     if adapters.used(options):

@@ -4,7 +4,9 @@ from lm.layers.attention import Attention
 from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
+from lm.layers.moe import MoE
 from lm.layers.peer import PEER
+from lm.layers.pkm import PKM
 from lm.layers.rwkv4 import RWKV4
 from lm.layers.rwkv5 import RWKV5
 from lm.layers.rwkv6 import RWKV6
@@ -16,7 +18,9 @@ LAYERS = {
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,
     "mlp": MLP,
+    "moe": MoE,
     "peer": PEER,
+    "pkm": PKM,
     "rwkv4": RWKV4,
     "rwkv5": RWKV5,
     "rwkv6": RWKV6,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.fields import did_you_mean
-from lm.core.tree import STATS
 from lm.core.types import Array, Aux, Context, State
 from lm.layers.dropout import dropout
+from lm.layers.experts.options import check_counts, check_momentum, declare_usage
 from lm.layers.experts.product_keys import Gate, ProductKeys, QueryNorm, check_keys, gate_power
 from lm.layers.experts.retrieved import Retrieval
 from lm.layers.experts.shards import check_rows
@@ -91,6 +91,16 @@ class PEER(nn.Module):
         return self.router(embed_dim).flops_per_token(embed_dim) \
             + 2.0 * rows * self.num_heads * self.top_k * embed_dim
 
+    def active_params(self, embed_dim: int) -> int:
+        """Parameters that a token uses: queries, all sub-keys, and the chosen experts."""
+        rows = 3 if EXPERTS[self.activation][1] else 2
+        return self.router(embed_dim).num_params(embed_dim) + rows * self.granularity * embed_dim
+
+    @property
+    def granularity(self) -> int:
+        """Experts that a token uses."""
+        return self.num_heads * self.top_k
+
     def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
         """Stateless."""
         return ()
@@ -123,20 +133,3 @@ def row_init(inner: float, up: float) -> Callable:
         return std * jax.random.normal(key, shape, dtype)
     return init
 
-
-def declare_usage(layer: nn.Module, num_experts: int) -> None:
-    """The running statistic of `lm.core.tally.Usage`: steps since each expert was last chosen."""
-    layer.variable(STATS, "usage", lambda: {"idle": nn.LogicallyPartitioned(jnp.zeros((num_experts,)), ("experts",))})
-
-
-def check_counts(name: str, **counts: int | None) -> None:
-    """Raises ValueError for a count below 1."""
-    for field, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}.{field}={value} must be at least 1")
-
-
-def check_momentum(name: str, momentum: float) -> None:
-    """Raises ValueError for a momentum that is no share."""
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{name}.momentum={momentum} must be from 0 to 1, which freezes the statistics")

@@ -58,6 +58,7 @@ def default_rules(options: OptimizerOptions) -> tuple[dict[str, Any], ...]:
         {"match": r"^head/kernel$", "optimizer": other, "weight_decay": matrix},
         {"match": r"(^|/)kernel$", "ndim": (2,), "optimizer": options.name, "weight_decay": matrix},
         {"match": r"(^|/)kernel$", "ndim": (3, 4), "optimizer": other, "weight_decay": matrix},
+        {"match": r"(^|/)experts_(up|gate|down)$", "optimizer": other, "weight_decay": matrix},
         {"match": r"", "optimizer": other, "weight_decay": 0.0, "lr_multiplier": 1.0, "freeze": False},
     )
 

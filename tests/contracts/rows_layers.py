@@ -7,7 +7,9 @@ from lm.layers.attention import Attention
 from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
+from lm.layers.moe import MoE
 from lm.layers.peer import PEER
+from lm.layers.pkm import PKM
 from lm.layers.rwkv4 import RWKV4
 from lm.layers.rwkv5 import RWKV5
 from lm.layers.rwkv6 import RWKV6
@@ -17,8 +19,8 @@ EMBED_DIM = 32
 
 # Variants that share almost all of their code with another row: under `-m slow`.
 SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "channel_mix_5", "channel_mix_6",
-        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "peer_batch_gelu",
-        "peer_l2_sigmoid", "peer_none_geglu", "rwkv4_wide", "rwkv5", "rwkv6"}
+        "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "moe_expert", "moe_swiglu",
+        "peer_batch_gelu", "peer_l2_sigmoid", "peer_none_geglu", "pkm", "rwkv4_wide", "rwkv5", "rwkv6"}
 
 ROWS = [
     ("attention", Attention(num_heads=4)),
@@ -40,6 +42,10 @@ ROWS = [
     ("peer_layer_keys", PEER(num_experts=64, num_heads=4, top_k=4, query_norm="layer", per_head_keys=True,
                              activation="relu")),
     ("peer_none_geglu", PEER(num_experts=36, num_heads=2, top_k=4, query_norm="none", activation="geglu", chunk=7)),
+    ("moe_token", MoE(num_experts=4, mlp_dim=24)),
+    ("moe_swiglu", MoE(num_experts=8, top_k=1, mlp_dim=16, activation="swiglu", renormalize=False, chunk=5)),
+    ("moe_expert", MoE(num_experts=4, mlp_dim=24, routing="expert")),
+    ("pkm", PKM(num_values=64, num_heads=2, top_k=4)),
     ("rwkv4", RWKV4()),
     ("rwkv4_wide", RWKV4(attention_dim=48)),
     ("rwkv5", RWKV5(head_dim=8)),

@@ -29,7 +29,8 @@ files = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES]
 ON_EIGHT = [*((f"mesh.{axis}", n) for axis, n in dict(data=2, fsdp=2, tensor=2, context=1, expert=1).items()),
             ("mesh.dcn", None)]
 # Sizes of a shrunken model, wherever a layer has such a field and sets it.
-SMALL = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 32, "window": 8, "max_positions": 64}
+SMALL = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 32, "window": 8, "max_positions": 64,
+         "num_experts": 16, "num_values": 16, "top_k": 2}
 SHORT = [("train.steps", 2), ("train.seq_len", 32), ("optimizer.warmup_steps", 1), ("optimizer.decay_steps", None),
          ("eval.every", 100), ("eval.final", False), ("eval.sets", {}), ("log.every", 1), ("log.tensorboard", False)]
 # Stands in for data that lie in files, which a checkout does not have.

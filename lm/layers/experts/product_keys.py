@@ -87,6 +87,13 @@ class ProductKeys(nn.Module):
         """Forward FLOPs a token: queries, and their products with the sub-keys of both halves."""
         return 2.0 * self.num_heads * self.key_dim * (embed_dim + num_sub_keys(self.num_keys))
 
+    def num_params(self, embed_dim: int) -> int:
+        """Parameters of the router, all of which every token uses."""
+        features = self.num_heads * self.key_dim
+        vectors = {"batch": 2, "layer": 2, "l2": 1, "none": 1}[self.query_norm]
+        own = self.num_heads if self.per_head_keys else 1
+        return features * (embed_dim + vectors) + own * num_sub_keys(self.num_keys) * self.key_dim
+
 
 def queries(x: Array, router: RouterArrays) -> Array:
     """Float32 queries [B, T, H, Q] of x [B, T, D] before their norm."""

@@ -1,0 +1,28 @@
+"""`lm plan`: parameters in all and active, granularity and FLOPs a token of a config's model; nothing is allocated."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `lm plan`."""
+    parser.add_argument("--devices", type=int, metavar="N", help="devices of the mesh, for the bytes that each holds")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints a table with a row for each kind of layer."""
+    from launch import config as configs
+    from lm.core.sharding import resolve_mesh_shape
+    from lm.data.corpora import load_tokenizer
+    from lm.models.build import build_model, check_mesh
+    from lm.models.plan import format_rows, parameter_bytes, rows
+    config = configs.from_args(args)
+    model = build_model(config.model.to_dict(), load_tokenizer(configs.options(config, "data")).vocab_size)
+    print(format_rows(rows(model, config.train.seq_len)))
+    if args.devices is not None:
+        mesh = resolve_mesh_shape(configs.options(config, "mesh").sizes, args.devices)
+        check_mesh(model, mesh)
+        size = parameter_bytes(model, mesh)
+        shape = ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
+        print(f"parameters on a device ({shape}): {size / 2**30:.3f} GiB; with their gradient and two moments "
+              f"{4 * size / 2**30:.3f} GiB")
+    return 0
