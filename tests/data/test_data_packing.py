@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.packing import PACKINGS, Concat, FirstFit, RowOrder, first_fit
+from lm.data.packing import PACKINGS, Concat, FirstFit, RowOrder, Single, first_fit
 
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 packings = st.sampled_from(sorted(PACKINGS))
@@ -45,6 +45,15 @@ def test_concat_pads_at_most_the_last_row(lengths, seq_len, seed):
     plan = Concat(np.array(lengths), seq_len, key=seed, window=3, shuffle=True)
     filled = [int(p.length.sum()) for p in rows_of(plan, 1)]
     assert all(n == seq_len for n in filled[:-1]) and sum(filled) == sum(lengths)
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths_of, st.integers(1, 16), st.integers(0, 5))
+def test_single_has_one_document_a_row_in_the_fewest_rows(lengths, seq_len, seed):
+    plan = Single(np.array(lengths), seq_len, key=seed, window=None, shuffle=True)
+    rows = rows_of(plan, 0)
+    assert all(len(p.document) == 1 and p.start[0] % seq_len == 0 for p in rows)
+    assert len(rows) == sum(-(-n // seq_len) for n in lengths)
 
 
 def loop_first_fit(lengths, seq_len):
