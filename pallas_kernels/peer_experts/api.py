@@ -12,10 +12,11 @@ from jax.experimental import checkify
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.peer_experts import chunked, pallas_tpu, pallas_triton, reference, rows
+from pallas_kernels.peer_experts import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference, rows
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton, "chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
+            "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -35,8 +36,9 @@ def peer_experts(x: Array, ids: Array, gates: Array, table: Array, *, activation
 
     Gradients: x, gates, table (dense, [N, R, D]; `peer_experts_with_sink` gives the touched rows alone).
 
-    implementation: "pallas_tpu", "pallas_triton" (NVIDIA GPUs), "chunked", "reference", a tuple of them to try in turn,
-    or None for the first in that order that serves. The kernels have first derivatives and no GLU; the others have all.
+    implementation: "pallas_tpu", "pallas_mosaic_gpu" (Hopper, Blackwell), "pallas_triton" (other NVIDIA GPUs),
+    "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that serves. The kernels
+    have first derivatives and no GLU; the others have all.
 
     Raises ValueError for shapes and dtypes that do not fit, sizes of 0, and an implementation that is unknown or cannot
     serve.
@@ -87,6 +89,7 @@ def _prepare(op: str, x, ids, gates, table, implementation):
     dtypes = {"x": x.dtype.name, "table": table.dtype.name}
     name = dispatch.choose(op, implementation, {
         "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtypes, kinds, width),
+        "pallas_mosaic_gpu": functools.partial(pallas_mosaic_gpu.unsupported, dtypes, kinds, width),
         "pallas_triton": functools.partial(pallas_triton.unsupported, dtypes, kinds, width),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,

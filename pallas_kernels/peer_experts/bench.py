@@ -2,7 +2,8 @@
 
 One line a shape and direction: median milliseconds, alternating. `gathering` is what one would write without this
 package: the rows of all tokens gathered, two einsums, differentiated by JAX. Forward + backward has the gradients of x,
-gates and table; `touched` has that of the touched rows in place of the table's.
+gates and table; `touched` has that of the touched rows in place of the table's. Temporary memory is the compiler's
+count (`memory_analysis`), also for a larger batch that is not run.
 """
 
 import functools
@@ -16,6 +17,7 @@ from pallas_kernels.peer_experts import num_touched, peer_experts, peer_experts_
 from pallas_kernels.timing import medians
 
 Array = jax.Array
+LARGE = (8, 2048, 8, 16, 1_048_576, 1024)
 SHAPES = ((2, 256, 8, 16, 65_536, 256), (2, 256, 8, 16, 262_144, 256))
 
 
@@ -57,6 +59,23 @@ def measure(shape: tuple[int, ...], rounds: int = 7) -> dict[str, dict[str, floa
     return {"forward": medians(forward, rounds), "forward+backward": medians(both, rounds)}
 
 
+def temporaries(shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """MiB by direction and implementation; nothing of the size is made."""
+    batch, time, heads, chosen, experts, width = shape
+    array = jax.ShapeDtypeStruct
+    x, table = array((batch, time, width), jnp.float32), array((experts, 2, width), jnp.float32)
+    ids, gates = (array((batch, time, heads, chosen), dtype) for dtype in (jnp.int32, jnp.float32))
+
+    def mib(function: Callable) -> float:
+        return jax.jit(function).lower(x, ids, gates, table).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    def gradients(run: Callable) -> Callable:
+        return jax.grad(lambda x, ids, gates, table: (run(x, ids, gates, table) ** 2).sum(), (0, 2, 3))
+
+    return {"forward": {name: mib(run) for name, run in candidates().items()},
+            "forward+backward": {name: mib(gradients(run)) for name, run in candidates().items()}}
+
+
 def main() -> None:
     print(f"peer_experts on {current_platform()}, float32, jax {jax.__version__}; median ms, alternating")
     for shape in SHAPES:
@@ -64,6 +83,11 @@ def main() -> None:
         for direction, seconds in measure(shape).items():
             times = "  ".join(f"{name} {1e3 * value:.1f}" for name, value in seconds.items())
             print(f"{label} {direction}: {times}", flush=True)
+    for shape in (*SHAPES, LARGE):
+        label = " ".join(f"{name}{size}" for name, size in zip("BTHKND", shape, strict=True))
+        for direction, sizes in temporaries(shape).items():
+            sizes = "  ".join(f"{name} {value:,.1f}" for name, value in sizes.items())
+            print(f"{label} {direction}, MiB of temporaries: {sizes}", flush=True)
 
 
 if __name__ == "__main__":

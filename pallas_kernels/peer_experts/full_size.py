@@ -21,8 +21,9 @@ def _case(name: str, dtype: str) -> Case:
     # The dot product with down and the sum of up: a multiply and an add an element each. Back: these products again,
     # and with dy; the sum of down for dx; both outer products into the table.
     return Case(
-        name, peer_experts, dict(x=x, ids=ids, gates=gates, table=table), kernels=("pallas_tpu", "pallas_triton"),
-        elements=ROWS * WIDTH, options=dict(activation=_gelu), trips=block_tokens(BATCH * TIME, WIDTH),
+        name, peer_experts, dict(x=x, ids=ids, gates=gates, table=table),
+        kernels=("pallas_tpu", "pallas_mosaic_gpu", "pallas_triton"), elements=ROWS * WIDTH,
+        options=dict(activation=_gelu), trips=block_tokens(BATCH * TIME, WIDTH),
         work={"forward": Work(rows + num_bytes(x, x, ids, gates), vector=4 * ROWS * WIDTH, transcendental=2 * ROWS),
               # reads the rows of experts and writes the dense gradient of the table
               "backward": Work(rows + num_bytes(x, x, x, ids, gates, gates, table), vector=10 * ROWS * WIDTH,

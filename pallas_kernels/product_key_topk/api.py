@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.product_key_topk import chunked, pallas_tpu, reference
+from pallas_kernels.product_key_topk import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
+            "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 MOST_SUB_KEYS = math.isqrt(2 ** 31)      # ids are int32
 
@@ -32,8 +33,9 @@ def product_key_topk(q1: Array, q2: Array, c1: Array, c2: Array, k: int, *,
     Ties go to the larger first half, then to the smaller i, then to the smaller j (README.md says why), in every
     implementation. Scores have gradients to queries and sub-keys; ids have none.
 
-    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
-    order that serves. "pallas_tpu" has first derivatives only.
+    implementation: "pallas_tpu", "pallas_mosaic_gpu" (Hopper, Blackwell), "pallas_triton" (other NVIDIA GPUs),
+    "chunked", "reference", a tuple of them to try in turn, or None for the first in that order that serves. The kernels
+    have first derivatives only.
 
     Raises ValueError for shapes and dtypes that do not fit, c1 and c2 of different n, k outside 1..n, more than 46,340
     sub-keys (ids are int32), and an implementation that is unknown or cannot serve.
@@ -54,6 +56,8 @@ def product_key_topk(q1: Array, q2: Array, c1: Array, c2: Array, k: int, *,
         raise ValueError(f"{op}: k={k}; it must be from 1 to n={n}, the number of sub-keys in c1 {c1.shape}")
     name = dispatch.choose(op, implementation, {
         "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype, n),
+        "pallas_mosaic_gpu": functools.partial(pallas_mosaic_gpu.unsupported, dtype, k, sizes["K"]),
+        "pallas_triton": functools.partial(pallas_triton.unsupported, dtype, k),
         "chunked": lambda platform: None,
         "reference": lambda platform: None,
     })

@@ -14,8 +14,8 @@ def _case(name: str, dtype: str) -> Case:
     # Every score is compared at least once. Back, each chosen pair adds a row of both sub-keys to its query's gradient
     # and the query to theirs.
     return Case(
-        name, product_key_topk, inputs, kernels=("pallas_tpu",), elements=2 * QUERIES * SUB_KEYS,
-        options=dict(k=CHOSEN),
+        name, product_key_topk, inputs, kernels=("pallas_tpu", "pallas_mosaic_gpu", "pallas_triton"),
+        elements=2 * QUERIES * SUB_KEYS, options=dict(k=CHOSEN),
         work={"forward": Work(num_bytes(inputs) + chosen, 2 * product(QUERIES, KEY, SUB_KEYS),
                               vector=2 * QUERIES * SUB_KEYS),
               "backward": Work(2 * num_bytes(inputs) + chosen, vector=8 * QUERIES * CHOSEN * KEY)})
