@@ -36,7 +36,8 @@ class MoE(nn.Module):
     routing: token (each token takes its best experts) or expert (each expert takes its best tokens of a row, of whom
       there are top_k T / E; outside of training, where tokens must not depend on later ones, those that reach its mean
       cut-off in training).
-    mlp_dim: hidden width of an expert, None as in mlp. activation: of an expert, as in mlp. renormalize: of routing="token", a token's weights sum to 1.
+    mlp_dim: hidden width of an expert, None as in mlp. activation: of an expert, as in mlp.
+    renormalize: of routing="token", a token's weights sum to 1.
     momentum: of the running cut-offs of routing="expert". chunk: tokens of a device at a time; None chooses by memory.
     dead_after: steps without a choice after which an expert counts as dead. dropout: of the output.
     output_scale: multiplies the standard deviation of `down` at initialisation.
