@@ -7,17 +7,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.batching import merged_into_batch
-from pallas_kernels.wkv6 import chunk_loop
+from pallas_kernels.wkv6 import chunk_loop, pair_forward, pair_loop
 from pallas_kernels.wkv6.config import TPU
 from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
 from pallas_kernels.wkv6.vmem_ops import (
-    EXACT,
-    ROUNDED,
-    STORED,
     apart,
     first_row,
     own_blocks,
+    pairs_between_halves,
     product,
     swap_blocks,
     together,
@@ -59,8 +57,12 @@ def _run(save: bool):
     @merged_into_batch
     def run(r, w, k, v, u, state, reset):
         lanes, arrays, constants = _packed(r, w, k, v, u)
-        y, last, starts = chunk_loop.forward("wkv6_forward", chunk, lanes, TPU.fitted(r.shape[1]), arrays, constants,
-                                             lanes.pack_state(state), reset, save)
+        tiles = TPU.fitted(r.shape[1])
+        given = lanes, tiles, arrays, constants, lanes.pack_state(state), reset, save
+        if pair_loop.serves(lanes, tiles, v.dtype):
+            y, last, starts = pair_loop.forward("wkv6_forward", pair_forward.passes, pair_forward.MEMORY, *given)
+        else:
+            y, last, starts = chunk_loop.forward("wkv6_forward", chunk, *given)
         return lanes.unpack(y, v.shape[-1]), lanes.unpack_state(last), starts
 
     return run
@@ -86,10 +88,9 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
           state: Array) -> tuple[Array, Array]:
     """(y [c, heads V], state after) of one chunk of heads side by side; state [heads V, heads K], block-diagonal.
 
-    What only y reads may be rounded to bfloat16 when y is (not `exact`); the state is float32.
+    Operands of products are rounded to bfloat16 when the inputs were (not `exact`); sums and the state are float32.
     """
     r, k, v, decay = x["r"], x["k"], x["v"], jnp.exp(x["w"])
-    rounded, added = (EXACT, EXACT) if exact else (ROUNDED, STORED)
     past = r
     if keep is not None:
         keep = jnp.tile(keep, (1, r.shape[1] // LANES)) if r.shape[1] > LANES else keep
@@ -98,9 +99,9 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
     whole, length = products[-1], r.shape[0]
     row, column = places(heads * length, length)
     level_of = split_at(length, row, column)
-    scores = jnp.where(row % length == column, product("nt", rounded, apart(heads, r * constants["u"]), k), 0)
+    scores = jnp.where(row % length == column, product("nt", exact, apart(heads, r * constants["u"]), k), 0)
     for level in products[:-1]:
-        here = product("nt", rounded, apart(heads, past * level.before), k * level.after)
+        here = pairs_between_halves(level.size, exact, heads, past, level.before, k * level.after)
         scores = jnp.where(level_of >= level.size, here, scores)
-    y = product("nt", rounded, past * whole.before, state) + together(heads, product("nn", rounded, scores, v))
-    return y, first_row(whole.total) * state + own_blocks(heads, product("tn", added, v, k * whole.after))
+    y = product("nt", exact, past * whole.before, state) + together(heads, product("nn", exact, scores, v))
+    return y, first_row(whole.total) * state + own_blocks(heads, product("tn", exact, v, k * whole.after))

@@ -6,8 +6,6 @@ derivatives of their own, each made of the others.
 """
 
 import functools
-import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,53 +15,31 @@ Array = jax.Array
 SUBLANES = 8
 
 
-class Parts(NamedTuple):
-    """How many bfloat16 numbers an operand of a product is the sum of: one rounds it, two keep 16 bits, three all."""
-    x: int
-    y: int
-
-
-EXACT = None                # float32 operands, which the matrix unit takes in six passes
-ROUNDED = Parts(1, 1)       # one pass
-WIDE = Parts(2, 2)          # three passes, error 2^-17
-WIDE_X = Parts(2, 1)        # two passes, for a y that was bfloat16 anyway
-STORED = Parts(1, 3)        # three passes, for an x that was: the whole float32 y
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(form: str, parts: Parts | None, x: Array, y: Array) -> Array:
-    """x y, x y^T or x^T y for form "nn", "nt" or "tn", in float32.
+def product(form: str, exact: bool, x: Array, y: Array) -> Array:
+    """x y, x y^T or x^T y for form "nn", "nt" or "tn", summed in float32.
 
-    The gradient of one that is not EXACT is made of ROUNDED products: what rounds it does not accumulate.
+    exact: of the float32 operands, in six passes of the matrix unit; else of the operands rounded to bfloat16, in one.
+    The gradient is made of products alike.
     """
     contracted = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[form]
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=(contracted, ((), ())),
                             preferred_element_type=jnp.float32)
-    if parts is EXACT:
+    if exact:
         return dot(x, y, precision=jax.lax.Precision.HIGHEST)
-    pieces = itertools.product(enumerate(_apart(x, parts.x)), enumerate(_apart(y, parts.y)))
-    return sum(dot(a, b, precision=jax.lax.Precision.DEFAULT) for (i, a), (j, b) in pieces if i + j < max(parts))
+    return dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), precision=jax.lax.Precision.DEFAULT)
 
 
-def _apart(x: Array, parts: int) -> list[Array]:
-    pieces = [x.astype(jnp.bfloat16)]
-    while len(pieces) < parts:
-        x = x - pieces[-1].astype(jnp.float32)
-        pieces.append(x.astype(jnp.bfloat16))
-    return pieces
-
-
-def _product_backward(form, parts, saved, g):
+def _product_backward(form, exact, saved, g):
     x, y = saved
-    parts = EXACT if parts is EXACT else ROUNDED
     if form == "nn":
-        return product("nt", parts, g, y), product("tn", parts, x, g)
+        return product("nt", exact, g, y), product("tn", exact, x, g)
     if form == "nt":
-        return product("nn", parts, g, y), product("tn", parts, g, x)
-    return product("nt", parts, y, g), product("nn", parts, x, g)
+        return product("nn", exact, g, y), product("tn", exact, g, x)
+    return product("nt", exact, y, g), product("nn", exact, x, g)
 
 
-product.defvjp(lambda form, parts, x, y: (product(form, parts, x, y), (x, y)), _product_backward)
+product.defvjp(lambda form, exact, x, y: (product(form, exact, x, y), (x, y)), _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -80,6 +56,32 @@ def swap_blocks(x: Array, size: int) -> Array:
 
 
 swap_blocks.defvjp(lambda x, size: (swap_blocks(x, size), None), lambda size, _, g: (swap_blocks(g, size),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def second_halves(size: int, x: Array) -> Array:
+    """[n / 2, N]: of each two neighbouring blocks of `size` rows of x [n, N], the second. size: 8 at least."""
+    return jnp.concatenate([x[start:start + size] for start in range(size, x.shape[0], 2 * size)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def as_second_halves(size: int, x: Array) -> Array:
+    """[2 n, N]: zeros before each block of `size` rows of x [n, N]. The transpose of `second_halves`."""
+    zeros = jnp.zeros((size, x.shape[1]), x.dtype)
+    return jnp.concatenate([part for start in range(0, x.shape[0], size) for part in (zeros, x[start:start + size])])
+
+
+second_halves.defvjp(lambda size, x: (second_halves(size, x), None), lambda size, _, g: (as_second_halves(size, g),))
+as_second_halves.defvjp(lambda size, x: (as_second_halves(size, x), None),
+                        lambda size, _, g: (second_halves(size, g),))
+
+
+def pairs_between_halves(size: int, exact: bool, heads: int, rows: Array, before: Array, columns: Array) -> Array:
+    """Scores of (rows before), a head after the other, with columns. First halves have none."""
+    if size < SUBLANES:
+        return product("nt", exact, apart(heads, rows * before), columns)
+    rows = second_halves(size, rows) * second_halves(size, before)
+    return as_second_halves(size, product("nt", exact, apart(heads, rows), columns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

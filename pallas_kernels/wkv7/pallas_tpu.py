@@ -6,26 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batching import merged_into_batch
-from pallas_kernels.wkv6 import chunk_loop
+from pallas_kernels.wkv6 import chunk_loop, pair_loop
 from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
 from pallas_kernels.wkv6.pallas_tpu import unsupported as unsupported
 from pallas_kernels.wkv6.vmem_ops import (
-    EXACT,
-    ROUNDED,
-    STORED,
-    WIDE,
-    WIDE_X,
-    Parts,
     apart,
     first_row,
     halves,
     in_blocks,
     own_blocks,
+    pairs_between_halves,
     product,
     swap_blocks,
     together,
 )
+from pallas_kernels.wkv7 import pair_forward
 from pallas_kernels.wkv7.config import TPU
 from pallas_kernels.wkv7.solve import inverse
 
@@ -58,8 +54,12 @@ def _run(save: bool):
     def run(*inputs):
         *arrays, state, reset = inputs
         lanes, packed = _packed(*arrays)
-        y, last, starts = chunk_loop.forward("wkv7_forward", chunk, lanes, TPU.fitted(lanes.length), packed, {},
-                                             lanes.pack_state(state), reset, save)
+        tiles = TPU.fitted(lanes.length)
+        given = lanes, tiles, packed, {}, lanes.pack_state(state), reset, save
+        if pair_loop.serves(lanes, tiles, packed["v"].dtype):
+            y, last, starts = pair_loop.forward("wkv7_forward", pair_forward.passes, pair_forward.MEMORY, *given)
+        else:
+            y, last, starts = chunk_loop.forward("wkv7_forward", chunk, *given)
         return lanes.unpack(y, lanes.values), lanes.unpack_state(last), starts
 
     return run
@@ -86,7 +86,7 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
           state: Array) -> tuple[Array, Array]:
     """(y [c, heads V], state after) of one chunk of heads side by side; state [heads V, heads K], block-diagonal.
 
-    What only y reads may be rounded to bfloat16 when y is (not `exact`); what the state depends on is float32.
+    Operands of products are rounded to bfloat16 when the inputs were (not `exact`); sums and the state are float32.
     """
     r, k, v, a, b, decay = (x[name] for name in ("r", "k", "v", "a", "b", "w"))
     decay = jnp.exp(decay)
@@ -96,47 +96,46 @@ def chunk(heads: int, exact: bool, x: dict[str, Array], constants: dict[str, Arr
     read = r * decay
     products = levels(decay, swap_blocks)
     whole, length = products[-1], r.shape[0]
-    rounded, wide, wide_x, stored = (EXACT,) * 4 if exact else (ROUNDED, WIDE, WIDE_X, STORED)
     spread = functools.partial(apart, heads)
     row, column = places(heads * length, 2 * length)            # each row with b and with k of its own head
     level_of = split_at(length, row, column)
     columns = lambda x, y: jnp.concatenate([x, y])
-    of_r = jnp.where(row % length == column % length, product("nt", rounded, spread(r), columns(b, k)), 0)
+    of_r = jnp.where(row % length == column % length, product("nt", exact, spread(r), columns(b, k)), 0)
     of_a = jnp.zeros_like(of_r)
     for level in products[:-1]:
         served = level_of >= level.size         # or a larger level's, which comes after
         after = columns(b * level.after, k * level.after)
-        of_a = jnp.where(served, product("nt", wide, spread(a * level.before), after), of_a)
-        of_r = jnp.where(served, product("nt", rounded, spread(read * level.before), after), of_r)
-    from_state = product("nt", wide, a * whole.before, state)
+        pairs = functools.partial(pairs_between_halves, level.size, exact, heads)
+        of_a = jnp.where(served, pairs(a, level.before, after), of_a)
+        of_r = jnp.where(served, pairs(read, level.before, after), of_r)
+    from_state = product("nt", exact, a * whole.before, state)
     a_b, a_k = halves(of_a)
-    removed = from_state + together(heads, product("nn", wide_x, a_k, v))
-    removed = together(heads, solve(length, wide, in_blocks(heads, a_b), spread(removed)))
-    y = (product("nt", rounded, read * whole.before, state)
-         + together(heads, product("nn", rounded, of_r, columns(removed, v))))
-    added = product("tn", stored, v, k * whole.after) + product("tn", wide, removed, b * whole.after)
+    removed = from_state + together(heads, product("nn", exact, a_k, v))
+    removed = together(heads, solve(length, exact, in_blocks(heads, a_b), spread(removed)))
+    y = (product("nt", exact, read * whole.before, state)
+         + together(heads, product("nn", exact, of_r, columns(removed, v))))
+    added = product("tn", exact, v, k * whole.after) + product("tn", exact, removed, b * whole.after)
     return y, first_row(whole.total) * state + own_blocks(heads, added)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def solve(length: int, parts: Parts | None, a: Array, y: Array) -> Array:
+def solve(length: int, exact: bool, a: Array, y: Array) -> Array:
     """solve.py's for blocks of `length` along the diagonal."""
-    return _solve_forward(length, parts, a, y)[0]
+    return _solve_forward(length, exact, a, y)[0]
 
 
-def _solve_forward(length, parts, a, y):
-    inverted = inverse(a, length, functools.partial(product, "nn", parts))
-    x = product("nn", parts, inverted, y)
+def _solve_forward(length, exact, a, y):
+    inverted = inverse(a, length, functools.partial(product, "nn", exact))
+    x = product("nn", exact, inverted, y)
     return x, (inverted, x)
 
 
-def _solve_backward(length, parts, saved, dx):
+def _solve_backward(length, exact, saved, dx):
     inverted, x = saved
-    parts = EXACT if parts is EXACT else ROUNDED
-    dy = product("tn", parts, inverted, dx)
+    dy = product("tn", exact, inverted, dx)
     row, column = places(*inverted.shape)
     below = (row > column) & (row // length == column // length)
-    return jnp.where(below, product("nt", parts, dy, x), 0), dy
+    return jnp.where(below, product("nt", exact, dy, x), 0), dy
 
 
 solve.defvjp(_solve_forward, _solve_backward)

@@ -195,8 +195,9 @@ def test_kernel_equals_reference(row, kernel, size, dtype):
     assert_close(got, want, TOLERANCE[dtype])
     if row.scan:
         assert got[0][-1].dtype == np.float32
-        # Products with the float32 state may take three passes of a matrix unit for bfloat16, which are good to 2^-17.
-        assert_close(got[0][-1:], want[0][-1:], TOLERANCE["float32"] if dtype == "float32" else 2e-5)
+        # Of a state that is a matrix, products round their operands to bfloat16 as the inputs were: 2^-9 each.
+        narrow = 2 ** -7 if want[0][-1].ndim == 4 else 2e-5
+        assert_close(got[0][-1:], want[0][-1:], TOLERANCE["float32"] if dtype == "float32" else narrow)
 
 
 @pytest.mark.slow

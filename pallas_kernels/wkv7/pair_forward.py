@@ -1,0 +1,115 @@
+"""The bfloat16 forward kernel of two heads side by side: passes over a block for `../wkv6/pair_loop.py`.
+
+Rows are those of a and r, columns those of b and k. The inverse of I - <a, b> begins with eighths by substitution, in
+float32: 16 of them, 8 by 8, fit into one register. Three rounds of halving (`solve.py`) follow on the matrix unit.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from pallas_kernels.wkv6.pair_loop import BF16, F32, Block, Kept
+from pallas_kernels.wkv6.pair_scores import (
+    PRODUCTS,
+    Factors,
+    Rows,
+    fill_factors,
+    pairs_inside,
+    scale_columns,
+    scale_rows,
+    scores,
+)
+from pallas_kernels.wkv6.pairs import (
+    EIGHTHS,
+    HALF,
+    apart,
+    dot,
+    packed,
+    place,
+    registers,
+    together,
+)
+from pallas_kernels.wkv7.pair_inverse import invert, own_eighths, pieces
+
+KINDS = (Rows("a", False), Rows("r", True))
+FACTORS = ("own_row", "own_row_present", "own_column", "before", "before_present", "after")
+SQUARE = Kept((128, 128), BF16)
+MEMORY = dict(
+    factors=Kept((len(Factors.names), 64, 128), F32, on=False), totals=Kept((18, 8, 128), F32, on=False),
+    decay=Kept((8, 128), F32), rows=Kept((len(PRODUCTS), 64, 128), BF16), columns=Kept((len(PRODUCTS), 128, 128), BF16),
+    before=SQUARE, after=SQUARE, of_a=SQUARE, of_r=SQUARE, eighths=Kept((8, 128), F32), odd=Kept((64, 128), BF16),
+    from_v=Kept((64, 128), F32), read=Kept((64, 128), F32, on=False), inverse=SQUARE, turned=SQUARE,
+    added=SQUARE._replace(on=False))
+
+
+def passes(block: Block) -> list:
+    """Factors with scaled rows and columns, a pair of heads after the other; scores; inverses; what is removed, y and
+    the state."""
+    return [*((functools.partial(_scale, block, pair), 1) for pair in block.pairs),
+            *((functools.partial(run, block), at_once) for run, at_once in ((_score, 1), (_invert, 2), (_step, 1)))]
+
+
+def _scale(block, pair, chunk):
+    memory = block.memory
+
+    def put(name, half, size, product, x):
+        memory[name][chunk, pair, product, slice(half * size, (half + 1) * size)] = x
+
+    factors, totals = Factors(memory["factors"].at(chunk, pair)), memory["totals"].at(chunk, pair)
+    start, _ = block.start(chunk)
+    fill_factors(block.read("w", chunk, pair), start, factors, FACTORS, totals)
+    memory["decay"][chunk, pair] = totals[12] * totals[13]
+    for half, (name, present) in enumerate(KINDS):
+        x = block.read(name, chunk, pair).astype(F32)
+        x = registers(x if start is None or present else jnp.where(start > 0, 0, x))
+        put_row = functools.partial(put, "rows", half, 32)
+        memory["before"][chunk, pair, _half(half)] = scale_rows(x, x, present, factors, totals, put_row)
+    for half, name in enumerate("bk"):
+        x = registers(block.read(name, chunk, pair).astype(F32))
+        put_column = functools.partial(put, "columns", half, 64)
+        memory["after"][chunk, pair, _half(half)] = scale_columns(x, factors, totals, put_column)
+
+
+def _score(block, chunk):
+    memory, (_, documents) = block.memory, block.start(chunk)
+    own = {kind.name: pairs_inside(kind.present, 2, documents) for kind in KINDS}
+    for pair in block.pairs:
+        out = scores(KINDS, memory["rows"].at(chunk, pair), memory["columns"].at(chunk, pair), own, place(1) % HALF)
+        for name in "ar":
+            memory["of_" + name][chunk, pair] = packed([out[name, head, q] for head in (0, 1) for q in EIGHTHS])
+        a = [out["a", head, q] for head in (0, 1) for q in EIGHTHS]
+        memory["eighths"][chunk, pair] = own_eighths(a)
+        memory["odd"][chunk, pair] = pieces(a)
+        v = block.read("v", chunk, pair)
+        memory["from_v"][chunk, pair] = together(dot("nn", memory["of_a"][chunk, pair],
+                                                     jnp.concatenate([jnp.zeros_like(v), v])))
+
+
+def _invert(block, chunk):
+    memory = block.memory
+    invert([tuple(memory[name].at(chunk + i, pair) for name in ("eighths", "odd", "of_a", "inverse", "turned"))
+            for i in (0, 1) for pair in block.pairs])
+
+
+def _step(block, chunk):
+    """Each product for all pairs before the next: those of one pair wait for each other."""
+    memory, pairs = block.memory, block.pairs
+    wanted = []
+    for pair in pairs:
+        read = dot("nt", memory["before"][chunk, pair], block.state(chunk, pair))
+        memory["read"][chunk, pair] = read[64:]
+        wanted.append(apart(read[:64] + memory["from_v"][chunk, pair]))
+    removed = [dot("nn", x, y) for x, y in zip((memory["inverse"][chunk, pair] for pair in pairs), wanted, strict=True)]
+    for pair, x in zip(pairs, removed, strict=True):
+        memory["added"][chunk, pair, _half(0)] = (x[:64] + x[64:]).astype(BF16)
+        memory["added"][chunk, pair, _half(1)] = block.read("v", chunk, pair)
+    for pair in pairs:
+        block.move(pair, memory["decay"][chunk, pair],
+                   dot("tn", memory["added"][chunk, pair], memory["after"][chunk, pair]))
+    for pair in pairs:
+        inside = dot("nn", memory["of_r"][chunk, pair], memory["added"][chunk, pair])
+        block.write(chunk, pair, memory["read"][chunk, pair] + together(inside))
+
+
+def _half(half: int) -> slice:
+    return slice(64 * half, 64 * half + 64)
