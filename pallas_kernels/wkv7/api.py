@@ -1,15 +1,17 @@
 """The recurrence of RWKV-7. B batch, T time, H heads, K key size, V value size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
 from pallas_kernels.wkv6.api import check_floats, in_order
-from pallas_kernels.wkv7 import chunked, pallas_tpu, reference
+from pallas_kernels.wkv7 import chunked, pallas_tpu, pallas_triton, reference
 
 Array = jax.Array
-_MODULES = {"pallas_tpu": pallas_tpu, "chunked": chunked, "reference": reference}
+_MODULES = {"pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton, "chunked": chunked, "reference": reference}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 
@@ -31,9 +33,9 @@ def wkv7(r: Array, w: Array, k: Array, v: Array, a: Array, b: Array, state: Arra
     Returns y [B, T, H, V] in r's dtype and S_T [B, H, K, V]. There is no scale 1 / sqrt(K). The recurrence and S_T are
     float32, or float64 when r is. Give S_T as the next call's state to continue the rows; T = 1 is decoding.
 
-    implementation: "pallas_tpu", "chunked", "reference", a tuple of them to try in turn, or None for the first in that
-    order that serves; for fewer than 16 positions "chunked" comes first, as the kernel would pad them to 128.
-    "pallas_tpu" has first derivatives; the others have all, and forward mode.
+    implementation: "pallas_tpu", "pallas_triton" (NVIDIA GPUs), "chunked", "reference", a tuple of them to try in turn,
+    or None for the first in that order that serves; below 16 positions "chunked" comes first, as the TPU kernel would
+    pad them to 128. The kernels have first derivatives; the others have all, and forward mode.
 
     Raises ValueError for shapes and dtypes that do not fit, T = 0, an unknown implementation and one that cannot serve.
     """
@@ -49,5 +51,8 @@ def wkv7(r: Array, w: Array, k: Array, v: Array, a: Array, b: Array, state: Arra
         reset = jnp.asarray(reset)
         check_shapes("wkv7", r=(r, "B T H K"), reset=(reset, "B T"))
         check_dtypes("wkv7", ("bool",), reset=reset)
-    name = dispatch.choose("wkv7", implementation, in_order(pallas_tpu.unsupported, dtype, sizes["T"]))
+    name = dispatch.choose("wkv7", implementation, in_order({
+        "pallas_tpu": functools.partial(pallas_tpu.unsupported, dtype),
+        "pallas_triton": functools.partial(pallas_triton.unsupported, dtype, sizes["K"], sizes["V"]),
+    }, sizes["T"]))
     return _MODULES[name].forward(*vary_alike(r, w, k, v, a, b, state.astype(wide), reset))

@@ -29,7 +29,7 @@ def _case(name: str, dtype: str, reset: bool) -> Case:
     matrix = BATCH * HEADS // 2 * TIME // CHUNK * chunk
     state = num_bytes(inputs["state"])
     return Case(
-        name, wkv7_of_projections, inputs, kernels=("pallas_tpu",), elements=SIZE,
+        name, wkv7_of_projections, inputs, kernels=("pallas_tpu", "pallas_triton"), elements=SIZE,
         work={"forward": Work(num_bytes(inputs, row) + state, matrix, transcendental=SIZE),
               # reads the inputs and the cotangents of y and of the state, writes a gradient of each float input
               "backward": Work(num_bytes(inputs, row) + state + floats, 3 * matrix, transcendental=SIZE)},

@@ -47,6 +47,10 @@ class Row(NamedTuple):
 GPU_SCAN = dict(gpu_kernels=("pallas_triton", "pallas_mosaic_gpu"), gpu_cases=(((1, 19, 5), "bfloat16"),),
                 slow_gpu_sizes=((3, 1, 33), (1, 37, 130), (1, 70, 128), (2, 16, 3)))
 
+# Of matrix states: a length off the groups of steps, one of a single step, several spans between saved states.
+GPU_STATES = dict(gpu_kernels=("pallas_triton",), gpu_cases=(((2, 13, 3, 5, 4), "bfloat16"),),
+                  slow_gpu_sizes=((2, 13, 3, 5, 4), (3, 1, 2, 4, 7), (1, 150, 1, 16, 33), (1, 70, 1, 64, 64)))
+
 
 def linear_scan_inputs(rng: np.random.Generator, batch: int, time: int, width: int) -> dict:
     reset = rng.random((batch, time)) < 0.1
@@ -225,13 +229,15 @@ ROWS = [
         kernels=("pallas_tpu",), kernel_cases=(((1, 70, 2, 5, 4), "float32"),),
         slow_kernel_sizes=((2, 13, 3, 5, 4), (3, 1, 1, 64, 64), (1, 270, 1, 70, 64), (1, 300, 4, 64, 64)),
         full_size=(8, 2048, 32, 64, 64),
-        scan=Scan(time=("r", "w", "k", "v", "reset"), state="state"), narrow=("r", "k", "v")),
+        scan=Scan(time=("r", "w", "k", "v", "reset"), state="state"), narrow=("r", "k", "v"),
+        **GPU_STATES),
     Row("wkv7", wkv7, wkv7_oracle, wkv7_inputs,
         sizes=((2, 19, 3, 5, 4), (3, 1, 2, 4, 7)),
         kernels=("pallas_tpu",), kernel_cases=(((1, 70, 2, 5, 4), "float32"),),
         slow_kernel_sizes=((2, 13, 3, 5, 4), (3, 1, 1, 64, 64), (1, 270, 1, 70, 64), (1, 300, 4, 64, 64)),
         full_size=(8, 2048, 32, 64, 64),
-        scan=Scan(time=("r", "w", "k", "v", "a", "b", "reset"), state="state"), narrow=("r", "k", "v", "a", "b")),
+        scan=Scan(time=("r", "w", "k", "v", "a", "b", "reset"), state="state"), narrow=("r", "k", "v", "a", "b"),
+        **GPU_STATES),
     Row("product_key_topk", best_16, best_16_oracle, product_key_inputs,
         sizes=((1, 3, 2, 17, 4), (2, 5, 3, 17, 4), (1, 1, 1, 16, 1)), kernels=("pallas_tpu",),
         kernel_cases=(((1, 3, 2, 17, 4), "float32"),),
