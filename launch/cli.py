@@ -160,6 +160,9 @@ def _run(command: str, argv: Sequence[str]) -> int:
     from launch.accelerators import choose_platform
     from launch.compile_cache import enable_compile_cache
     from launch.console import set_up_logging
+    # XLA's threads call LAPACK, for orthogonal initial values; with threads of its own, scipy's OpenBLAS (scipy 1.17)
+    # then hangs, two calls at a time. It reads this when jax is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     note = choose_platform()  # before any subcommand can import jax
     try:
         args = parse(command, argv)
