@@ -41,7 +41,7 @@ between two files or workdirs. `FILE.py:ARG` calls `get_config("ARG")`.
 LOSS = """\
 A weighted sum: the name of a loss to its weight, or to a dict of `weight` and its fields. Where none is given it is
 `next_token` with weight 1. `chunk: int | None` is the number of positions whose logits exist at a time; None chooses
-by memory.
+by memory. `load_balance` and `router_z` are reported by layers with a router (moe), see [experts.md](experts.md).
 """
 
 ENTRIES = """\

@@ -14,8 +14,12 @@ from lm.losses import LOSSES, REPORTED
 from lm.losses.base import Term
 from lm.tasks.language_modeling import LanguageModeling
 
-TERMS = {**LOSSES, **REPORTED}
 CHUNK = "chunk"  # the one option that belongs to the objective, not to a loss
+
+
+def terms() -> dict[str, Any]:
+    """Every loss that the group may name: those of predictions, and those that layers report."""
+    return {**LOSSES, **REPORTED}
 
 
 def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,11 +32,11 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"config.loss.chunk must be an int of at least 1, or None; got {value!r}")
             out[name] = value
             continue
-        if name not in TERMS:
-            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, TERMS) or '.'} "
-                             f"It takes: {', '.join(TERMS)}, {CHUNK}")
+        if name not in terms():
+            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, terms()) or '.'} "
+                             f"It takes: {', '.join(terms())}, {CHUNK}")
         out[name] = _resolve_term(name, value)
-    if not any(name in TERMS for name in out):
+    if not any(name in terms() for name in out):
         if given and set(given) != {CHUNK}:
             raise ValueError("config.loss needs at least one loss, e.g. dict(next_token=1.0)")
         out = {"next_token": 1.0, **out}
@@ -47,14 +51,14 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_term(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         options = {k: v for k, v in value.items() if k != "weight"}
-        if isinstance(TERMS[name], type):
-            build(TERMS[name], options, f"config.loss.{name}")  # for its own check
-            options = fill(TERMS[name], options, f"config.loss.{name}")
+        if isinstance(terms()[name], type):
+            build(terms()[name], options, f"config.loss.{name}")  # for its own check
+            options = fill(terms()[name], options, f"config.loss.{name}")
         else:
             check_known(options, (), f"config.loss.{name}", "option besides weight:")
         return {"weight": _weight(name, value.get("weight", 1.0)), **options}
-    if isinstance(TERMS[name], type):
-        return {"weight": _weight(name, value), **fill(TERMS[name], {}, f"config.loss.{name}")}
+    if isinstance(terms()[name], type):
+        return {"weight": _weight(name, value), **fill(terms()[name], {}, f"config.loss.{name}")}
     return _weight(name, value)
 
 
@@ -70,13 +74,13 @@ def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
     not_additive: what in the model makes a batch more than the sum of its microbatches."""
     resolved = resolve_loss(config)
     chunk = resolved.pop(CHUNK)
-    terms = {}
+    made = {}
     for name, value in resolved.items():
         if isinstance(value, Mapping):
             options = {k: v for k, v in value.items() if k != "weight"}
-            loss = TERMS[name](**options) if isinstance(TERMS[name], type) else TERMS[name]
-            terms[name] = Term(loss, value["weight"])
+            loss = terms()[name](**options) if isinstance(terms()[name], type) else terms()[name]
+            made[name] = Term(loss, value["weight"])
         else:
-            terms[name] = Term(TERMS[name], value)
-    alone = tuple(name for name in terms if name in REPORTED and not REPORTED[name].additive)
-    return LanguageModeling(terms, chunk, carry_state, (*alone, *not_additive))
+            made[name] = Term(terms()[name], value)
+    alone = tuple(name for name in made if name in REPORTED and not REPORTED[name].additive)
+    return LanguageModeling(made, chunk, carry_state, (*alone, *not_additive))

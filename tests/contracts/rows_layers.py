@@ -17,10 +17,10 @@ from lm.layers.rwkv7 import RWKV7
 
 EMBED_DIM = 32
 
-# Variants that share almost all of their code with another row: under `-m slow`.
+# Under `-m slow`: variants that share almost all of their code with another row, and of expert layers all but one.
 SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "channel_mix_5", "channel_mix_6",
         "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "moe_expert", "moe_swiglu",
-        "peer_batch_gelu", "peer_l2_sigmoid", "peer_none_geglu", "pkm", "rwkv4_wide", "rwkv5", "rwkv6"}
+        "moe_token", "peer_batch_gelu", "peer_l2_sigmoid", "peer_none_geglu", "pkm", "rwkv4_wide", "rwkv5", "rwkv6"}
 
 ROWS = [
     ("attention", Attention(num_heads=4)),

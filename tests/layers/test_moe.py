@@ -76,8 +76,10 @@ def by_hand(layer, variables, x, ctx):
     return y, scores, balance, (np.log(np.exp(logits[present]).sum(-1)) ** 2).mean()
 
 
-@pytest.mark.parametrize("layer, training", [(TOKEN, True), (RAW, True), (EXPERT, True), (EXPERT, False)],
-                         ids=["token", "raw_chunked", "expert", "expert_by_cutoff"])
+@pytest.mark.parametrize("layer, training", [
+    pytest.param(TOKEN, True, id="token"), pytest.param(RAW, True, id="raw_chunked", marks=pytest.mark.slow),
+    pytest.param(EXPERT, True, id="expert", marks=pytest.mark.slow),
+    pytest.param(EXPERT, False, id="expert_by_cutoff", marks=pytest.mark.slow)])
 def test_equals_a_loop_over_tokens(layer, training):
     variables, x, ctx = made(layer)
     ctx = ctx if training else ctx._replace(key=None)
@@ -89,6 +91,7 @@ def test_equals_a_loop_over_tokens(layer, training):
     np.testing.assert_allclose([aux["load_balance"], aux["router_z"]], [balance, z], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_expert_choice_takes_the_cutoff_of_training_along():
     variables, x, ctx = made(EXPERT)
     _, _, aux = jax.jit(EXPERT.apply)(variables, x, (), ctx)
@@ -120,11 +123,12 @@ def test_grouped_products_and_their_gradients(form, monkeypatch):
     np.testing.assert_allclose(dw, want_dw, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, sizes", [
     (TOKEN, {"data": 2, "expert": 4}),
-    pytest.param(RAW, {"expert": 2, "tensor": 2, "context": 2, "data": 1}, marks=pytest.mark.slow),
-    pytest.param(TOKEN.clone(num_experts=16, top_k=3), {"data": 1, "expert": 8}, marks=pytest.mark.slow),
-    pytest.param(EXPERT, {"fsdp": 2, "expert": 2, "tensor": 2, "data": 1}, marks=pytest.mark.slow),
+    (RAW, {"expert": 2, "tensor": 2, "context": 2, "data": 1}),
+    (TOKEN.clone(num_experts=16, top_k=3), {"data": 1, "expert": 8}),
+    (EXPERT, {"fsdp": 2, "expert": 2, "tensor": 2, "data": 1}),
 ], ids=["token", "raw", "wide", "expert"])
 def test_experts_split_over_devices_compute_the_same(layer, sizes):
     """Values, all gradients, losses and tallies, to 1e-6 of the largest; also where all pairs go to one device."""
@@ -151,6 +155,7 @@ def test_experts_split_over_devices_compute_the_same(layer, sizes):
             a, b, rtol=0, atol=2e-6 * max(1, float(jnp.abs(b).max()))), split, alone)
 
 
+@pytest.mark.slow
 def test_one_expert_is_an_mlp():
     layer = MoE(num_experts=1, top_k=1, mlp_dim=24)
     variables, x, _ = made(layer)

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import context
+from lm.layers.experts.retrieved import overlap
 from lm.layers.experts.shards import check_rows
 from lm.layers.mlp import MLP
 from lm.layers.peer import PEER
@@ -217,6 +218,21 @@ def test_experts_split_over_devices_compute_the_same(name, sizes):
                  split, alone)
 
 
+def test_overlap_and_entropy_of_heads():
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.choice(9, 4, replace=False) for _ in range(30)]).reshape(1, 10, 3, 4).astype(np.int32)
+    want = [1 - len(set(token.reshape(-1))) / 12 for token in ids[0]]
+    np.testing.assert_allclose(overlap(jnp.asarray(ids))[0], want, atol=1e-6)
+    same = jnp.broadcast_to(jnp.arange(4), (1, 1, 3, 4))
+    np.testing.assert_allclose(overlap(same), 2 / 3, rtol=1e-6)  # two of three heads add nothing
+    layer = PEER(num_experts=16, num_heads=2, top_k=3, query_norm="none", key_dim=4)
+    variables, x, ctx = made(layer)
+    flat = jax.tree.map(jnp.zeros_like, variables)  # all scores are 0
+    _, _, aux = jax.jit(layer.apply)(flat, x, (), ctx)
+    np.testing.assert_allclose(aux["tally"]["entropy"].value, np.log(3), rtol=1e-5)
+    np.testing.assert_allclose(aux["tally"]["overlap"].value, 0.5, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_only_chosen_rows_get_a_gradient():
     layer = VARIANTS["layer"]
@@ -227,6 +243,7 @@ def test_only_chosen_rows_get_a_gradient():
     assert not (touched & (usage == 0)).any() and touched.sum() <= int(np.sum(ctx.weights)) * 6
 
 
+@pytest.mark.slow
 def test_peak_temporaries_do_not_grow_with_the_batch():
     """Of a train step's layer, beyond its input, output and the table's gradient."""
     layer = PEER(num_experts=64, num_heads=4, top_k=4, query_norm="batch", chunk=64)

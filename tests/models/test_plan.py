@@ -42,6 +42,7 @@ def test_router_counts_its_parameters(query_norm, own):
     assert num_params(made) == router.num_params(10)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_device_are_those_that_it_holds():
     model, sizes = build_model(MODEL, 10), {"data": 2, "expert": 2, "tensor": 2}
     mesh = make_mesh(sizes)

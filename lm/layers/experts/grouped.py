@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm.core.sharding import platform
 from lm.core.types import Array
 
-BLOCK = 128  # rows of a product on CPUs: enough to use the cores, few enough that small groups waste little
+BLOCK = 128  # most rows of a product on CPUs, enough to use the cores
 
 
 def grouped_matmul(x: Array, w: Array, sizes: Array) -> Array:
@@ -25,14 +25,15 @@ def grouped_matmul(x: Array, w: Array, sizes: Array) -> Array:
 
 @jax.custom_vjp
 def _blocked(x: Array, w: Array, sizes: Array) -> Array:
-    part = _parts(x)
+    size = _block_size(x.shape[0], w.shape[0])
+    part = _parts(x, size)
 
     def block(out, at, expert, rows):
         return jax.lax.dynamic_update_slice(out, part(at) @ w[expert], (at, 0))
 
     # A block may reach into the next group: that group's own blocks come later and put it right.
-    out = jnp.zeros((x.shape[0] + BLOCK, w.shape[2]), x.dtype)
-    return _over_blocks(block, out, sizes)[:x.shape[0]]
+    out = jnp.zeros((x.shape[0] + size, w.shape[2]), x.dtype)
+    return _over_blocks(block, out, sizes, size)[:x.shape[0]]
 
 
 def _blocked_forward(x, w, sizes):
@@ -41,34 +42,40 @@ def _blocked_forward(x, w, sizes):
 
 def _blocked_backward(saved, dy):
     x, w, sizes = saved
-    x_part, dy_part = _parts(x), _parts(dy)
+    size = _block_size(x.shape[0], w.shape[0])
+    x_part, dy_part = _parts(x, size), _parts(dy, size)
 
     def block(dw, at, expert, rows):
-        mine = jnp.where(jnp.arange(BLOCK)[:, None] < rows, x_part(at), 0)
+        mine = jnp.where(jnp.arange(size)[:, None] < rows, x_part(at), 0)
         more = jnp.matmul(mine.T, dy_part(at), preferred_element_type=dw.dtype)
         return dw.at[expert].add(more)
 
-    dw = _over_blocks(block, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), sizes)
+    dw = _over_blocks(block, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), sizes, size)
     return _blocked(dy, w.mT, sizes), dw.astype(w.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _parts(x: Array) -> Callable[[Array], Array]:
+def _block_size(rows: int, groups: int) -> int:
+    """Rows of a block: about half of those of an average group, since the last block of every group is part empty."""
+    return min(BLOCK, max(16, 1 << (rows // (4 * groups)).bit_length()))
+
+
+def _parts(x: Array, size: int) -> Callable[[Array], Array]:
     """From its first row to the rows of a block of x; beyond the end of x they are 0."""
-    padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
-    return lambda at: jax.lax.dynamic_slice_in_dim(padded, at, BLOCK)
+    padded = jnp.pad(x, ((0, size), (0, 0)))
+    return lambda at: jax.lax.dynamic_slice_in_dim(padded, at, size)
 
 
-def _over_blocks(block: Callable[..., Array], carry: Array, sizes: Array) -> Array:
+def _over_blocks(block: Callable[..., Array], carry: Array, sizes: Array, size: int) -> Array:
     """carry after block(carry, first row, group, rows of the group from there on) for each block of each group."""
-    counts = -(-sizes // BLOCK)
+    counts = -(-sizes // size)
     ends, starts = jnp.cumsum(counts), jnp.cumsum(sizes) - sizes
 
     def step(i, carry):
         expert = jnp.searchsorted(ends, i, side="right")
-        done = (i - (ends[expert] - counts[expert])) * BLOCK
+        done = (i - (ends[expert] - counts[expert])) * size
         return block(carry, starts[expert] + done, expert, sizes[expert] - done)
 
     return jax.lax.fori_loop(0, ends[-1], step, carry)
