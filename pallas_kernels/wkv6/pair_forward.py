@@ -48,7 +48,7 @@ def _scale(block, pair, chunk):
     memory["decay"][chunk, pair] = totals[12] * totals[13]
     bonus = [x * f for x, f in zip(registers(k * block.constant("u", pair)), factors.of("own_present_column"),
                                    strict=True)]
-    for product in range(len(PRODUCTS)):
+    for product in (0, 1):        # of the others nobody looks at these columns
         put("columns", slice(64, 128), product, packed(bonus))
     past = r if start is None else jnp.where(start > 0, 0, r)
     memory["before"][chunk, pair] = scale_rows(registers(r), registers(past), False, factors, totals,

@@ -39,7 +39,7 @@ MEMORY = dict(
     decay=Kept((8, 128), F32), rows=Kept((len(PRODUCTS), 64, 128), BF16), columns=Kept((len(PRODUCTS), 128, 128), BF16),
     before=SQUARE, after=SQUARE, of_a=SQUARE, of_r=SQUARE, eighths=Kept((8, 128), F32), odd=Kept((64, 128), BF16),
     from_v=Kept((64, 128), F32), read=Kept((64, 128), F32, on=False), inverse=SQUARE, turned=SQUARE,
-    added=SQUARE._replace(on=False))
+    wanted=SQUARE._replace(on=False), added=SQUARE._replace(on=False))
 
 
 def passes(block: Block) -> list:
@@ -94,14 +94,13 @@ def _invert(block, chunk):
 def _step(block, chunk):
     """Each product for all pairs before the next: those of one pair wait for each other."""
     memory, pairs = block.memory, block.pairs
-    wanted = []
     for pair in pairs:
         read = dot("nt", memory["before"][chunk, pair], block.state(chunk, pair))
         memory["read"][chunk, pair] = read[64:]
-        wanted.append(apart(read[:64] + memory["from_v"][chunk, pair]))
-    removed = [dot("nn", x, y) for x, y in zip((memory["inverse"][chunk, pair] for pair in pairs), wanted, strict=True)]
-    for pair, x in zip(pairs, removed, strict=True):
-        memory["added"][chunk, pair, _half(0)] = (x[:64] + x[64:]).astype(BF16)
+        memory["wanted"][chunk, pair] = apart(read[:64] + memory["from_v"][chunk, pair]).astype(BF16)
+    for pair in pairs:
+        removed = dot("nn", memory["inverse"][chunk, pair], memory["wanted"][chunk, pair])
+        memory["added"][chunk, pair, _half(0)] = (removed[:64] + removed[64:]).astype(BF16)
         memory["added"][chunk, pair, _half(1)] = block.read("v", chunk, pair)
     for pair in pairs:
         block.move(pair, memory["decay"][chunk, pair],
