@@ -49,3 +49,9 @@ STACKED_PREFIX = "pattern_"
 def is_stacked(name: str) -> bool:
     """Whether the leaf of this name carries a leading axis over repeated layers."""
     return any(part.startswith(STACKED_PREFIX) for part in name.split("/"))
+
+
+def apart(state: Any) -> Any:
+    """A decode state in the form that a loop over tokens changes in place, where it has one (a method `apart`)."""
+    has = lambda node: hasattr(node, "apart")
+    return jax.tree.map(lambda node: node.apart() if has(node) else node, state, is_leaf=has)

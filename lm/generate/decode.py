@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.core.tree import apart
 from lm.core.types import Apply, Array, Params, State
 from lm.generate.loop import Loop, Plan, decode_steps, empty_state, first_token
 from lm.generate.prefill import check_prompts, chunks, prefill_chunk, room
 from lm.generate.result import Generated, Timing
 from lm.generate.sampling import SamplingOptions
 from lm.generate.stopping import Decode, Row
+
+# Bytes of state from which layers that are stacked get arrays of their own for decoding. Stacked, every token copies
+# all of it; apart, the loop over tokens is compiled with each layer in it, which takes longer than copying little.
+APART_BYTES = 2**26
 
 
 def generate(apply: Apply, params: Params, initial_state: Callable[..., State], prompts: Sequence[Sequence[int]], *,
@@ -65,6 +70,8 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
         reset[:, 0] = logits is None
         state, now = run(prefill_chunk, (apply,), (params, state, tokens, present, reset))
         logits = now if logits is None else jnp.where(present.any(axis=1)[:, None], now, logits)
+    if timing.state_bytes >= APART_BYTES:
+        state = apart(state)
     seen = None if options.repetition_penalty == 1 else _seen(prompts, logits.shape[-1])
     loop = run(first_token, (), (logits, lengths, seen, plan), options=options)
     drawn = np.asarray(loop.token)[:, None]

@@ -149,7 +149,11 @@ def attend(q: Array, k: Array, v: Array, cache: KVCache, ctx: Context, window: i
     rows = jnp.arange(k.shape[0])[:, None]
 
     def write(old, new):
-        return old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
+        at = slot
+        if at.size == 1:  # A second write, to nowhere: one alone becomes a slice update, which XLA's CPU backend
+            # (jax 0.10.2) then does once for each reader of the cache, in a copy of it.
+            at, new = jnp.concatenate([at, jnp.full_like(at, slots)], axis=1), jnp.concatenate([new, new], axis=1)
+        return old.at[rows, at].set(new.astype(old.dtype), mode="drop")
 
     after = KVCache(write(cache.keys, k), write(cache.values, v), write(cache.order, order),
                     write(cache.documents, documents), length, documents[:, -1])

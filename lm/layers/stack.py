@@ -25,10 +25,28 @@ REMAT: dict[str, Callable | None] = {
 
 
 class StackState(NamedTuple):
-    """prefix: one state a block, arrays [B, ...]; pattern: one a block of the pattern, arrays [R, B, ...]."""
+    """prefix: one state a block, arrays [B, ...]; pattern: one a block of the pattern, arrays [R, B, ...]; or as
+    `apart` gives it, and then the blocks run one by one and give it back so."""
 
     prefix: tuple[State, ...]
-    pattern: tuple[State, ...]
+    pattern: tuple[State, ...] | list[tuple[State, ...]]
+
+    def apart(self) -> "StackState":
+        """The same state with the pattern's as a list of R, arrays [B, ...] of their own, which a loop over tokens can
+        change in place where stacked ones are copied for every token. The stacked arrays are given up."""
+        leaves, treedef = jax.tree.flatten(self.pattern)
+        if isinstance(self.pattern, list) or not leaves:
+            return self
+        parts = []
+        for leaf in leaves:  # one after the other, so that never more than one array is there twice
+            parts.append(jax.block_until_ready(_split(leaf)))
+            leaf.delete()
+        return self._replace(pattern=[treedef.unflatten(part) for part in zip(*parts, strict=True)])
+
+
+@jax.jit
+def _split(leaf: Array) -> list[Array]:
+    return unstack(leaf, leaf.shape[0])
 
 
 def unstack(tree: Any, length: int) -> list[Any]:
@@ -135,15 +153,20 @@ class Stack(nn.Module):
 
         group = self._remat(group)
         depths = first + len(self.pattern) * jnp.arange(self.repeats, dtype=jnp.int32)
-        if self.scan:
+        apart = isinstance(state.pattern, list)
+        if self.scan and not apart:
             x, (pattern_states, report, repeated) = jax.lax.scan(
                 lambda x, inputs: group(x, *inputs), x, (stacked, state.pattern, depths))
         else:
             outs = []
-            for inputs in unstack((stacked, state.pattern, depths), self.repeats):
-                x, out = group(x, *inputs)
+            states = state.pattern if apart else unstack(state.pattern, self.repeats)
+            for (variables, depth), before in zip(unstack((stacked, depths), self.repeats), states, strict=True):
+                x, out = group(x, variables, before, depth)
                 outs.append(out)
-            pattern_states, report, repeated = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+            afters, rest = [out[0] for out in outs], [out[1:] for out in outs]
+            together = lambda *leaves: jnp.stack(leaves)
+            report, repeated = jax.tree.map(together, *rest)
+            pattern_states = afters if apart else jax.tree.map(together, *afters)
         reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
         return x, StackState(tuple(prefix_states), pattern_states), merge(reports, {**tally, **repeated})
 

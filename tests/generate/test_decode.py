@@ -10,7 +10,9 @@ import pytest
 
 from lm.core.head import logits_of
 from lm.core.sharding import make_mesh, shardings
+from lm.core.tree import apart
 from lm.core.types import Head, Output
+from lm.generate import decode
 from lm.generate.decode import generate
 from lm.generate.loop import Loop, Plan, decode_steps
 from lm.generate.sampling import GREEDY, SamplingOptions
@@ -85,6 +87,23 @@ def test_greedy_tokens_are_the_argmax_of_a_full_forward_pass_at_each_step(make):
     assert texts == oracle(*model[:2], PROMPTS, 13)
     assert len({tuple(text) for text in texts}) > 1 and max(len(set(text)) for text in texts) > 3
     assert [row.finish_reason for row in out.rows] == ["length"] * 4
+
+
+def test_layers_with_arrays_of_their_own_write_the_same(monkeypatch):
+    """Three repeats of a pattern of two, behind a prefix: texts of stacked states, and the argmax at each step."""
+    model = build_model(dict(embed_dim=16, num_layers=7, prefix=("attention",), pattern=("local", "attention/rwkv4"),
+                             dtype="float32", vocab_multiple=64, attention=dict(num_heads=2, num_kv_heads=1),
+                             local=dict(kind="attention", num_heads=2, window=9), rwkv4=dict()), VOCAB)
+    params = jax.tree.map(lambda leaf: leaf * 3, init_params(model, jax.random.key(3)))
+    apply, asked = make_apply(model), []
+    texts = {}
+    for form, limit in (("stacked", 2**60), ("apart", 0)):
+        monkeypatch.setattr(decode, "APART_BYTES", limit)
+        monkeypatch.setattr(decode, "apart", lambda state, form=form: asked.append(form) or apart(state))
+        out = generate(apply, params, model.initial_state, PROMPTS, max_new_tokens=7, options=GREEDY, capacity=50,
+                       **FEW)
+        texts[form] = [row.tokens.tolist() for row in out.rows]
+    assert asked == ["apart"] and texts["apart"] == texts["stacked"] == oracle(apply, params, PROMPTS, 7)
 
 
 @pytest.mark.parametrize(("make", "options"), [

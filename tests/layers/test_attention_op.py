@@ -66,13 +66,14 @@ def test_aligned_attention_equals_a_loop(implementation, tokens, heads, groups, 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("tokens", [7, 1])
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_cache_in_any_slot_order_equals_a_loop(implementation, window):
-    q, k, v = arrays(2, 7, 4, 2, keys=33)
+def test_a_cache_in_any_slot_order_equals_a_loop(implementation, tokens, window):
+    q, k, v = arrays(2, tokens, 4, 2, keys=33)
     rng = np.random.default_rng(1)
     k_positions = np.stack([rng.permutation(33) for _ in range(2)]).astype(np.int32)
-    q_positions = np.array([np.arange(20, 27), np.arange(0, 7)], np.int32)
-    k_documents, q_documents = np.asarray(documents(2, 33)), np.asarray(documents(2, 7, seed=2))
+    q_positions = np.array([np.arange(20, 20 + tokens), np.arange(9, 9 + tokens)], np.int32)
+    k_documents, q_documents = np.asarray(documents(2, 33)), np.asarray(documents(2, 7, seed=2))[:, :tokens]
 
     def sees(b, i, j):
         distance = q_positions[b, i] - k_positions[b, j]

@@ -3,7 +3,8 @@
 The blocks above the diagonal and outside the window are never computed. The backward pass recomputes the scores from
 the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3.1, equations of appendix B.2). The loop is unrolled,
 so every block has its own static width. XLA may keep the scores of several blocks at once, so on a CPU one row of the
-batch is worked on at a time; and without a window `halving`, which is faster there, does the work.
+batch is worked on at a time; and without a window `halving`, which is faster there, does the work, and for one query
+`one_query`.
 
 Shape legend: B batch, T queries, S keys, H heads, G key-value heads, R = H / G, K head_dim.
 """
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.sharding import platform
-from lm.layers.attention_op import halving
+from lm.layers.attention_op import halving, one_query
 from lm.layers.attention_op.sharded import compiler_splits
 from lm.layers.attention_op.visibility import EMPTY, Visibility
 
@@ -47,6 +48,8 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, see: Visibility, *, scal
     triangle = see.aligned and not see.offset and see.window is None
     if row_by_row and triangle and block is None and rows <= halving.MAX_TOKENS:
         return halving.attend_with_logsumexp(q, k, v, (see.q_documents, see.k_documents), scale=scale)
+    if row_by_row and rows == 1 and block is None and groups <= one_query.MOST_GROUPS:
+        return one_query.attend_with_logsumexp(q, k, v, see, scale=scale)
     order = (see.aligned, see.offset, see.window)
     block = block or block_size(rows)
     inputs = (split, k.swapaxes(1, 2), v.swapaxes(1, 2), arrays)
