@@ -160,8 +160,8 @@ def _run(command: str, argv: Sequence[str]) -> int:
     from launch.accelerators import choose_platform
     from launch.compile_cache import enable_compile_cache
     from launch.console import set_up_logging
-    # XLA's threads call LAPACK, for orthogonal initial values; with threads of its own, scipy's OpenBLAS (scipy 1.17)
-    # then hangs, two calls at a time. It reads this when jax is imported.
+    # LAPACK, for orthogonal initial values, runs in XLA's threads: threads of its own contend with them, and on a busy
+    # machine one factorisation then takes seconds. OpenBLAS reads this when jax is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     note = choose_platform()  # before any subcommand can import jax
     try:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `lm` sets it: with more, LAPACK in XLA's threads can hang
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `lm` sets it: LAPACK runs in XLA's threads
 flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
 # Tests compile much and compute little: without LLVM's optimisations they take half the time, and without MLIR's for
 # each fusion, where this XLA still has a way around them, half of that again.

@@ -57,8 +57,18 @@ def orthogonal(gain: float) -> Init:
     RWKV's trainers scale them."""
     def init(key, shape, dtype=jnp.float32):
         wider = max(1.0, shape[1] / shape[0]) ** 0.5
-        return nn.initializers.orthogonal(gain * wider)(key, shape, dtype)
+        return one_by_one(nn.initializers.orthogonal(gain * wider))(key, shape, dtype)
     return init
+
+
+def one_by_one(init: Init) -> Init:
+    """An initialiser of orthogonal matrices that under vmap draws one after another.
+
+    Each of jaxlib's batched QRs on CPUs (jax 0.10.2) keeps a thread of XLA's while it waits for others, and as many at
+    a time as there are cores then wait for ever.
+    """
+    return lambda key, shape, dtype=jnp.float32: jax.custom_batching.sequential_vmap(
+        lambda key: init(key, shape, dtype))(key)
 
 
 def uniform(bound: float) -> Init:
