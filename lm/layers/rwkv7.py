@@ -95,8 +95,8 @@ class RWKV7(nn.Module):
 
         def low_rank(name: str, given: Array, inner) -> Array:
             hidden = Dense(ranks[name], ("embed", None), kernel_init=rwkv_init.ZEROS, name=f"{name}_in")(given)
-            return Dense(D, (None, "heads"), kernel_init=nn.initializers.orthogonal(0.1), name=f"{name}_out")(
-                inner(hidden))
+            init = rwkv_init.one_by_one(nn.initializers.orthogonal(0.1))
+            return Dense(D, (None, "heads"), kernel_init=init, name=f"{name}_out")(inner(hidden))
 
         def offset(name: str, function) -> Array:
             return rwkv_init.vector(self, name, table(function), D, "heads")
