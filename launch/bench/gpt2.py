@@ -6,6 +6,7 @@ import numpy as np
 
 from launch.bench.sizes import HEADS, LAYERS, VOCAB, WIDTH
 
+PACKAGE, IMPORT = "transformers", "transformers"
 VARIANTS = {}       # other models of ours that are timed with it
 TITLE = f"GPT2LMHeadModel, {HEADS} heads, dropout 0"
 
@@ -48,3 +49,8 @@ def torch_model(seq_len: int) -> Any:
         vocab_size=VOCAB, n_positions=seq_len, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=None,
         eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         attn_implementation="sdpa"))
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    """[B, T, V] of the other side's model."""
+    return model(input_ids=tokens).logits

@@ -11,8 +11,12 @@ import numpy as np
 from launch.bench.side import serve
 
 BATCH, TIME, WIDTH = 8, 1024, 512
-DESCRIPTION = f"minGRU layer, B{BATCH} T{TIME}, width {WIDTH}, float32"
 TOLERANCE = 2e-3      # of the largest value: torch scans logarithms, which loses digits as T grows
+
+
+def describe() -> str:
+    """What is measured."""
+    return f"minGRU layer, B{BATCH} T{TIME}, width {WIDTH}, float32"
 
 
 def torch_side(direction: str, threads: int, path: str):
@@ -76,5 +80,5 @@ def agree(saved, tolerance: float = TOLERANCE, **ours) -> None:
 
 
 if __name__ == "__main__":
-    side, direction, threads, path = sys.argv[1:]
+    side, direction, threads, path, _ = sys.argv[1:]
     serve(lambda: torch_side(direction, int(threads), path) if side == "torch" else our_side(direction, path))

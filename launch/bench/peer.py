@@ -1,7 +1,8 @@
 """One side of `lm bench kernels`, PEER: PyPI's PEER-pytorch, or our retrieval and experts with the same weights.
 
-Arguments as of `launch.bench.min_gru`. PEER-pytorch runs with non_competing_scores=False: its default keeps one expert
-a head, whatever num_experts_per_head says.
+Arguments as of `launch.bench.min_gru`, the number of experts, and torch's form: "whole", or "chunked" as its
+ChunkedPEER does. PEER-pytorch runs with non_competing_scores=False: its default keeps one expert a head, whatever
+num_experts_per_head says.
 """
 
 import sys
@@ -11,25 +12,32 @@ import numpy as np
 from launch.bench.min_gru import agree
 from launch.bench.side import serve
 
-BATCH, TIME, WIDTH, HEADS, CHOSEN, EXPERTS = 4, 128, 256, 8, 16, 128 ** 2
-DESCRIPTION = (f"PEER layer, B{BATCH} T{TIME}, width {WIDTH}, {HEADS} heads of {CHOSEN} among {EXPERTS:,} experts, "
-               "dense table gradient, float32")
+BATCH, TIME, WIDTH, HEADS, CHOSEN = 2, 256, 256, 8, 16
 
 
-def torch_side(direction: str, threads: int, path: str):
+def describe(experts: str) -> str:
+    """What is measured."""
+    return (f"PEER layer, B{BATCH} T{TIME}, width {WIDTH}, {HEADS} heads of {CHOSEN} among {int(experts):,} experts, "
+            "dense table gradient, float32")
+
+
+def torch_side(direction: str, threads: int, path: str, experts: int, form: str):
     """(step, facts)."""
     import torch
+    from PEER_pytorch.ChunkedPEER import ChunkedPEER
     from PEER_pytorch.PEER import PEER
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    layer = PEER(WIDTH, heads=HEADS, num_experts=EXPERTS, num_experts_per_head=CHOSEN, non_competing_scores=False)
+    layer = PEER(WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=CHOSEN, non_competing_scores=False)
     torch.nn.init.normal_(layer.keys, std=1.0)      # scores without near ties: both sides choose the same experts
     x, ct = torch.randn(BATCH, TIME, WIDTH, requires_grad=True), torch.randn(BATCH, TIME, WIDTH)
+
+    through = ChunkedPEER(layer) if form == "chunked" else layer
 
     def run():
         layer.zero_grad(set_to_none=True)
         x.grad = None
-        out = layer(x)
+        out = through(x)
         loss = (out * ct).sum()
         loss.backward()
         return out, loss
@@ -45,7 +53,7 @@ def torch_side(direction: str, threads: int, path: str):
         if direction == "both":
             return float(run()[1].detach())
         with torch.no_grad():
-            return float((layer(x) * ct).sum())
+            return float((through(x) * ct).sum())
 
     return step, {"version": f"torch {torch.__version__}", "threads": threads}
 
@@ -80,5 +88,6 @@ def our_side(direction: str, path: str):
 
 
 if __name__ == "__main__":
-    side, direction, threads, path = sys.argv[1:]
-    serve(lambda: torch_side(direction, int(threads), path) if side == "torch" else our_side(direction, path))
+    side, direction, threads, path, experts, form = sys.argv[1:]
+    serve(lambda: torch_side(direction, int(threads), path, int(experts), form) if side == "torch"
+          else our_side(direction, path))

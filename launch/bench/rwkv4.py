@@ -6,7 +6,8 @@ import numpy as np
 
 from launch.bench.sizes import LAYERS, VOCAB, WIDTH
 
-VARIANTS = {"wkv4 as identity": "launch.bench.rwkv4_identity"}
+PACKAGE, IMPORT = "transformers", "transformers"
+VARIANTS = {"k + v in place of wkv4": "launch.bench.rwkv4_identity"}
 TITLE = "RwkvForCausalLM"
 SIZES = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS)     # as its config.json calls them
 
@@ -30,3 +31,8 @@ def from_torch(weights: dict[str, np.ndarray]) -> dict[str, Any]:
     from lm.models.convert import hf_rwkv
     from lm.models.convert.names import from_names
     return from_names(hf_rwkv.layout(LAYERS, tied=False), weights, build_model(config(1), VOCAB), TITLE)
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    """[B, T, V] of the other side's model."""
+    return model(input_ids=tokens).logits

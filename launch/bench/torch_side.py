@@ -1,17 +1,16 @@
-"""PyTorch's side: transformers' model, AdamW, float32 on the CPU.
+"""PyTorch's side: the package's model, AdamW, float32 on the CPU.
 
 Arguments: module of the model (`launch.bench.gpt2`), T, threads, optimizer, weights.
 
 Writes its initial weights to the last argument, so that the other side starts from the same.
 """
 
-import importlib
+import importlib.metadata
 import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 
 from launch.bench import sizes
 from launch.bench.side import serve
@@ -33,13 +32,13 @@ def build():
 
     def step() -> float:
         adamw.zero_grad(set_to_none=True)
-        logits = model(input_ids=inputs).logits
+        logits = kind.logits(model, inputs)
         loss = F.cross_entropy(logits.view(-1, sizes.VOCAB), targets.view(-1))
         loss.backward()
         adamw.step()
         return float(loss.detach())
 
-    return step, {"version": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    return step, {"version": f"torch {torch.__version__}, {kind.PACKAGE} {importlib.metadata.version(kind.PACKAGE)}",
                   "parameters": sum(p.numel() for p in model.parameters()), "threads": threads, "optimizer": optimizer}
 
 
