@@ -61,7 +61,18 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
-        return y if bias is None else y + bias.astype(x.dtype)
+        y = y if bias is None else y + bias.astype(x.dtype)
+        return self.pinned(y)
+
+    def pinned(self, y: Array) -> Array:
+        """y [B, T, features] split over the mesh as its logical axes say, where the kernel names the last one.
+
+        Left to choose a layout of its own for a product whose kernel is split along both axes, XLA's partitioner gives
+        wrong numbers (jax 0.10.2 and 0.12.0 with rows, `fsdp` and `tensor` split, CPU).
+        """
+        if y.ndim != 3:
+            return y
+        return constrain(y, "batch", "length", "activation_embed" if self.axes[1] == "embed" else self.axes[1])
 
 
 def project(x: Array, *layers: Dense) -> list[Array]:

@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D embed_dim, C hidden width.
 """
 
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from lm.layers.conv import CausalConv
 from lm.layers.linear import Dense
 from lm.layers.local import over_shards
 from pallas_kernels.linear_scan import min_gru, min_lstm
+from pallas_kernels.linear_scan.sequence import min_gru_over_sequence, min_lstm_over_sequence
 
 
 class MinRNNState(NamedTuple):
@@ -76,11 +78,15 @@ class MinRNN(nn.Module):
         for name, hold in self.gates.items():
             gate = Dense(C, ("embed", "mlp"), self.use_bias, name=name)(x)
             inputs.append(jnp.where(present, gate, jnp.asarray(hold, gate.dtype)))  # padding changes nothing
-        rows = ("batch", None, "mlp")
+        rows = ("batch", "length", "mlp")
+
+        def scan(run, h0: Array, reset: Array, *inputs: Array, **split: str) -> tuple[Array, Array]:
+            return run(*inputs, h0, reset=reset, activation=self.hidden_act, implementation=self.implementation,
+                       **split)
+
         hidden, last = over_shards(
-            lambda h0, reset, *inputs: type(self).scan(*inputs, h0, reset=reset, activation=self.hidden_act,
-                                                       implementation=self.implementation),
-            (state.hidden, ctx.reset, *inputs), (("batch", "mlp"), ("batch", None), *[rows] * len(inputs)),
+            partial(scan, type(self).scan), partial(scan, type(self).scan_over_sequence),
+            (state.hidden, ctx.reset, *inputs), (("batch", "mlp"), ("batch", "length"), *[rows] * len(inputs)),
             (rows, ("batch", "mlp")), (inputs[0].shape, state.hidden.shape))
         scale = 1.0 if self.output_scale is None else self.output_scale
         y = Dense(D, ("mlp", "embed"), self.use_bias, scale, name="out")(hidden.astype(x.dtype))
@@ -96,6 +102,7 @@ class MinGRU(MinRNN):
     kind = "min_gru"
     gates: ClassVar = {"update": -HOLD}
     scan = staticmethod(min_gru)
+    scan_over_sequence = staticmethod(min_gru_over_sequence)
 
 
 class MinLSTM(MinRNN):
@@ -107,3 +114,4 @@ class MinLSTM(MinRNN):
     kind = "min_lstm"
     gates: ClassVar = {"forget": HOLD, "input": -HOLD}
     scan = staticmethod(min_lstm)
+    scan_over_sequence = staticmethod(min_lstm_over_sequence)

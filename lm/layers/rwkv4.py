@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D embed_dim, C attention width.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from lm.layers.local import over_shards
 from lm.layers.rwkv_init import slope, table, zigzag
 from lm.layers.token_shift import shift
 from pallas_kernels.wkv4.api import initial_state, wkv4
+from pallas_kernels.wkv4.sequence import wkv4_over_sequence
 
 NOTHING = -1e38  # the key of padding: no weight in any average
 
@@ -76,12 +78,13 @@ class RWKV4(nn.Module):
         skipped = padding_before(present, ctx.reset).astype(rate.dtype)  # [B, T + 1]
         # The operation decays over padding as over any token. Keys after it shrink alike, so that averages stay.
         k = jnp.where(present[..., None], k - skipped[:, :-1, None] * rate, NOTHING).astype(k.dtype)
+        rows = ("batch", "length", "heads")
         y, wkv = over_shards(
-            lambda *arrays: wkv4(*arrays, implementation=self.implementation),
+            partial(wkv4, implementation=self.implementation),
+            partial(wkv4_over_sequence, implementation=self.implementation),
             (rate, bonus, k, v, state.wkv, ctx.reset),
-            (("heads",), ("heads",), ("batch", None, "heads"), ("batch", None, "heads"), ("batch", None, "heads"),
-             ("batch", None)),
-            (("batch", None, "heads"), ("batch", None, "heads")), (k.shape, state.wkv.shape))
+            (("heads",), ("heads",), rows, rows, ("batch", None, "heads"), ("batch", "length")),
+            (rows, ("batch", None, "heads")), (k.shape, state.wkv.shape))
         wkv = wkv.at[:, 1].add(skipped[:, -1:] * rate)
         y = Dense(D, ("heads", "embed"), kernel_init=rwkv_init.ZEROS, name="out")(jax.nn.sigmoid(r) * y)
         return y, RWKV4State(last, wkv), {}

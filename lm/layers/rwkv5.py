@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D embed_dim = H K, H heads, K head_dim.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from lm.layers.linear import Dense
 from lm.layers.local import over_shards
 from lm.layers.token_shift import shift
 from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv6.sequence import wkv6_over_sequence
 
 
 class RWKV5State(NamedTuple):
@@ -89,8 +91,8 @@ def recur(r: Array, w: Array, k: Array, v: Array, bonus: Array, wkv: Array, ctx:
     hold = (ctx.weights != 0)[..., None, None]
     w = jnp.where(hold, heads(jnp.broadcast_to(w, r.shape)), 0.0)  # padding leaves the state as it is
     k = jnp.where(hold, heads(k), 0)
-    split, per_state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    split, per_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
     return over_shards(
-        lambda *arrays: wkv6(*arrays, implementation=implementation),
+        partial(wkv6, implementation=implementation), partial(wkv6_over_sequence, implementation=implementation),
         (heads(r), w, k, heads(v), bonus.reshape(-1, head_dim), wkv, ctx.reset),
-        (*(split,) * 4, ("heads", None), per_state, ("batch", None)), (split, per_state), (k.shape, wkv.shape))
+        (*(split,) * 4, ("heads", None), per_state, ("batch", "length")), (split, per_state), (k.shape, wkv.shape))

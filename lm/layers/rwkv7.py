@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D embed_dim = H K, H heads, K head_dim.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from lm.layers.local import over_shards
 from lm.layers.rwkv_init import slope, table
 from lm.layers.token_shift import shift
 from pallas_kernels.wkv7.api import wkv7
+from pallas_kernels.wkv7.sequence import wkv7_over_sequence
 
 PUBLISHED = "rwkv7_value"  # the first layer's values, which later layers mix with theirs
 
@@ -136,11 +138,12 @@ class RWKV7(nn.Module):
         hold = present[..., None]
         w_held = jnp.where(hold, heads(w), 0.0)  # padding leaves the state as it is
         kappa = jnp.where(hold, kappa, 0.0).astype(x.dtype)
-        split, per_state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+        split, per_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
         y, wkv = over_shards(
-            lambda *arrays: wkv7(*arrays, implementation=self.implementation),
+            partial(wkv7, implementation=self.implementation),
+            partial(wkv7_over_sequence, implementation=self.implementation),
             (heads(r), w_held, jnp.where(hold, heads(k), 0), heads(v), -kappa, kappa * heads(a), state.wkv, ctx.reset),
-            (split,) * 6 + (per_state, ("batch", None)), (split, per_state), ((B, T, H, K), state.wkv.shape))
+            (split,) * 6 + (per_state, ("batch", "length")), (split, per_state), ((B, T, H, K), state.wkv.shape))
         y = HeadNorm(name="norm")(y, rwkv_init.norm_scale(ctx.shared))
         start = nn.with_logical_partitioning(nn.initializers.constant(-0.04), ("heads", None))
         bonus = self.param("bonus", start, (H, K))

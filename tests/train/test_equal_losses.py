@@ -37,6 +37,23 @@ def test_eight_devices_equal_one(mesh, optimizer):
     np.testing.assert_allclose(losses(optimizer=OPTIMIZERS[optimizer], mesh=MESHES[mesh]), alone(optimizer), rtol=1e-5)
 
 
+RECURRENT = {"rwkv4": dict(pattern=("rwkv4/channel_mix",)),
+             "rwkv7": dict(pattern=("rwkv7/channel_mix",), rwkv7=dict(head_dim=8, value_residual=False),
+                           channel_mix=dict(version=7)),
+             "min_lstm": dict(pattern=("min_lstm/mlp",), min_lstm=dict(conv_width=3))}
+
+
+@pytest.mark.parametrize("name, mesh", [
+    pytest.param(name, mesh, marks=() if (name, mesh) == ("rwkv4", "fsdp2_context2_tensor2") else pytest.mark.slow)
+    for name in RECURRENT for mesh in ("data2_context4", "data2_fsdp2_tensor2", "fsdp2_context2_tensor2")])
+def test_recurrent_models_on_eight_devices_equal_one(name, mesh):
+    """In float64: what XLA gets wrong in a layout of its own choice is far above rounding."""
+    with jax.enable_x64(True):
+        model = dict(RECURRENT[name], dtype="float64")
+        one, eight = (losses(model=model, mesh=m, steps=4) for m in (None, MESHES[mesh]))
+    np.testing.assert_allclose(eight, one, rtol=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_tensor2",
                                   pytest.param("fsdp2_context2_tensor2", marks=pytest.mark.slow)])
