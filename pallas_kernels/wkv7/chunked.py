@@ -8,6 +8,7 @@ chunk.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import vary_alike
 from pallas_kernels.wkv6.chunked import joined, split
 from pallas_kernels.wkv6.halving import levels, product, scores, transposed
 from pallas_kernels.wkv7.config import CHUNK
@@ -48,7 +49,8 @@ def chunk(r: Array, decay: Array, k: Array, v: Array, a: Array, b: Array, state:
     inside = scores([a, read], [b, k], products)
     a_b, a_k = inside[..., :length, :length], inside[..., :length, length:]
     r_b, r_k = inside[..., length:, :length], inside[..., length:, length:]
-    removed = solve(a_b, product(a * whole.before, state) + product(a_k, v))
+    # In a chunk of one position a_b is a constant: under jax.shard_map it varies over no axis, until told.
+    removed = solve(*vary_alike(a_b, product(a * whole.before, state) + product(a_k, v)))
     dot = lambda x, y: jnp.sum(x * y, axis=-1, keepdims=True)
     y = (product(read * whole.before, state) + product(r_k, v) + product(r_b, removed)
          + dot(r, k) * v + dot(r, b) * removed)
