@@ -24,7 +24,7 @@ from lm.generate.stopping import Decode, Row
 
 # Bytes of state from which layers that are stacked get arrays of their own for decoding. Stacked, every token copies
 # all of it; apart, the loop over tokens is compiled with each layer in it, which takes longer than copying little.
-APART_BYTES = 2**26
+APART_BYTES = 2**24
 
 
 def generate(apply: Apply, params: Params, initial_state: Callable[..., State], prompts: Sequence[Sequence[int]], *,
