@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from launch.compile_cache import VARIABLE
+
 MODELS = {"train": "launch.bench.gpt2", "rwkv4": "launch.bench.rwkv4", "min_gru": "launch.bench.min_gru_model"}
 SHAPES = (256, 1024)
 TURN = 4  # measured steps a turn, after one that does not count
@@ -31,8 +33,10 @@ class Side:
     """A process of `launch.bench.side`."""
 
     def __init__(self, module: str, *arguments: str):
+        environ = {name: value for name, value in os.environ.items()
+                   if name != VARIABLE}     # a cached program would hide what compiling costs in memory
         self.process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, bufsize=1)
+                                        stdout=subprocess.PIPE, text=True, bufsize=1, env=environ)
         self.first_loss = self._answer()["first_loss"]
 
     def _answer(self) -> dict[str, Any]:
@@ -75,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"lm bench {args.what} compares with PyTorch and {package} is not installed; install "
                              f"{install}")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program would hide what compiling costs in memory
     cores = len(os.sched_getaffinity(0))
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
               "gemm_gflops": gemm_peak(),
