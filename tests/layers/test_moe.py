@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import context
-from lm.layers.experts import grouped
+from lm.layers.experts import dispatch, grouped
 from lm.layers.experts.shards import check_rows
 from lm.layers.mlp import MLP
 from lm.layers.moe import MoE
@@ -121,6 +121,38 @@ def test_grouped_products_and_their_gradients(form, monkeypatch):
     np.testing.assert_allclose(y[:n], np.stack([x[r] @ w[e] for r, e in enumerate(groups)]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx[:n], np.stack([w[e] @ dy[r] for r, e in enumerate(groups)]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dw, want_dw, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_no_expert_may_hold_anything(gated, monkeypatch):
+    """What `grouped_matmul` leaves undefined, in results and gradients, is NaN here: it reaches nothing."""
+    product = grouped.grouped_matmul
+    in_group = lambda x, sizes: jnp.arange(len(x))[:, None] < sizes.sum()
+
+    @jax.custom_vjp
+    def undefined(x, w, sizes):
+        return jnp.where(in_group(x, sizes), product(x, w, sizes), jnp.nan)
+
+    def backward(saved, dy):
+        x, w, sizes = saved
+        dx, dw = jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](dy)
+        kept = jnp.all(in_group(x, sizes) | (dy == 0))  # what is asked of callers
+        return jnp.where(in_group(x, sizes), dx, jnp.nan), jnp.where(kept, dw, jnp.nan), None
+
+    undefined.defvjp(lambda *args: (undefined(*args), args), backward)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    ids = jnp.asarray([[0, 1], [2, 0], [-1, -1], [-1, 2]])
+    x, gates, up, gate, down = draw(4, 5), draw(4, 2), draw(3, 5, 6), draw(3, 5, 6) if gated else None, draw(3, 6, 5)
+
+    def run(x, gates, up, gate, down):
+        return jnp.sum(jnp.sin(dispatch.by_token(x, ids, gates, dispatch.Experts(up, gate, down, jax.nn.gelu))))
+
+    found = []
+    for form in (product, undefined):
+        monkeypatch.setattr(dispatch, "grouped_matmul", form)
+        found.append(jax.jit(lambda *args: jax.value_and_grad(run, range(5))(*args))(x, gates, up, gate, down))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.slow

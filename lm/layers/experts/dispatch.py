@@ -38,16 +38,17 @@ def of_pairs(x: Array, ids: Array, experts: Experts) -> Array:
     order = jnp.argsort(bins, stable=True)
     back = jnp.argsort(order)
     sizes = jnp.bincount(bins, length=E + 1)[:E].astype(jnp.int32)
+    present = jnp.arange(len(ids))[:, None] < sizes.sum()
+
+    def product(a: Array, w: Array) -> Array:
+        # Rows of no expert come out undefined, and so do their gradients: neither may reach a nonlinearity or x.
+        return jnp.where(present, grouped_matmul(jnp.where(present, a, 0), w.astype(a.dtype), sizes), 0)
+
     # Each row once: the gradients of these two gathers are scatters without collisions.
     x = x.at[order].get(unique_indices=True)
-    up = grouped_matmul(x, experts.up.astype(x.dtype), sizes)
-    if experts.gate is None:
-        h = experts.activation(up)
-    else:
-        h = experts.activation(grouped_matmul(x, experts.gate.astype(x.dtype), sizes)) * up
-    present = jnp.arange(len(ids))[:, None] < sizes.sum()
-    y = grouped_matmul(jnp.where(present, h, 0), experts.down.astype(x.dtype), sizes)
-    return jnp.where(present, y, 0).at[back].get(unique_indices=True)
+    up = product(x, experts.up)
+    h = experts.activation(up) if experts.gate is None else experts.activation(product(x, experts.gate)) * up
+    return product(h, experts.down).at[back].get(unique_indices=True)
 
 
 def over_devices(x: Array, ids: Array, gates: Array, experts: Experts, axis: str) -> Array:

@@ -17,8 +17,8 @@ BLOCK = 128  # most rows of a product on CPUs, enough to use the cores
 def grouped_matmul(x: Array, w: Array, sizes: Array) -> Array:
     """[P, F]: rows of x [P, D], the first sizes[0] times w[0], the next sizes[1] times w[1], and so on, w [E, D, F].
 
-    Rows beyond the sum of `sizes` [E] int32 come out undefined, and their cotangents must be 0. On CPUs, where
-    `jax.lax.ragged_dot` multiplies every row with every matrix, this is a loop over blocks of rows.
+    Rows beyond the sum of `sizes` [E] int32 come out undefined, as do their gradients, and their cotangents must be 0.
+    On CPUs, where `jax.lax.ragged_dot` multiplies every row with every matrix, this is a loop over blocks of rows.
     """
     return _blocked(x, w, sizes) if platform() == "cpu" else jax.lax.ragged_dot(x, w, sizes)
 
