@@ -33,9 +33,10 @@ def check(train: Any, data: Any) -> None:
     if not train.state_tuning:
         return
     if data.kind in TASKS and not data.sources:
-        if data.task.get("length") is not None:
-            raise ValueError(f"config.train.state_tuning needs one word a row, and config.data.task.length="
-                             f"{data.task['length']} puts several into one; leave it out")
+        for where, part in {"data": data, **{f"data.{name}": p for name, p in data.validation_part().items()}}.items():
+            if part.task.get("length") is not None:
+                raise ValueError(f"config.train.state_tuning needs one word a row, and config.{where}.task.length="
+                                 f"{part.task['length']} puts several into one; leave it out")
     elif data.packing != SINGLE:
         raise ValueError(f"config.train.state_tuning starts every document from the learned state, which the recurrent "
                          f"operations can do at the start of a row alone, and config.data.packing={data.packing!r} "

@@ -131,6 +131,8 @@ def test_documents_that_start_inside_a_row_are_refused():
     word = dict(source="word_problem", task=dict(length=4))
     with pytest.raises(ValueError, match=r"one word a row, and config\.data\.task\.length=4"):
         configs.resolve({**made, "data": word})
+    with pytest.raises(ValueError, match=r"config\.data\.validation\.task\.length=4"):
+        configs.resolve({**made, "data": dict(source="word_problem", validation=word)})
 
 
 def test_a_model_without_a_recurrent_layer_is_refused():
