@@ -20,7 +20,7 @@ _FIELDS = (
     ("--max-document-chars", "max_document_chars", int, "cut longer documents, at line ends"),
     ("--validation-fraction", "validation_fraction", float, "share of documents held out"),
     ("--split-seed", "split_seed", int, "seed of the choice of held-out documents"),
-    ("--packing", "packing", str, "show: first_fit or concat"),
+    ("--packing", "packing", str, "show: first_fit, concat or single"),
 )
 
 

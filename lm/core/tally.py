@@ -115,4 +115,3 @@ def by_layer(metrics: Mapping[str, Array], params: Mapping[str, Any]) -> dict[st
     places = layer_names({**params, **metrics})
     return {layer.replace("stack/", "", 1): metrics[name] if index is None else metrics[name][index]
             for name in metrics for layer, index in places[name]}
-

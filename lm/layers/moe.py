@@ -185,4 +185,3 @@ class MoE(nn.Module):
         size = self.chunk or CHUNK_BYTES // (self.top_k * (12 * experts.up.shape[2] + 16 * D))
         y, _ = over_chunks(some, max(1, size // T), x[None], chosen[None], gates[None])
         return total(y[0], rows, *parts)
-

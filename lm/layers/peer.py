@@ -132,4 +132,3 @@ def row_init(inner: float, up: float) -> Callable:
         std = jnp.full((shape[1], 1), inner, dtype).at[1].set(up)
         return std * jax.random.normal(key, shape, dtype)
     return init
-

@@ -167,4 +167,3 @@ def check_keys(name: str, num_keys: int, field: str, heads: int, top_k: int, key
     if top_k == 1 and gate == "softmax":
         raise ValueError(f"{name}.top_k=1 with gate='softmax' gives every expert the weight 1, so that the router "
                          f"would not learn; set gate='sigmoid', or top_k to at least 2")
-

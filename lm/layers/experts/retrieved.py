@@ -22,9 +22,9 @@ OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured:
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
     """spec: the router. combine: (x [1, M, D], ids, gates [1, M, H, k], table) -> [1, M, D], where ids outside of the
-    table choose nothing. training: a batch norm takes the batch's statistics
-    (with a momentum of 1 always the running ones). chunk: tokens at a time, None by
-    memory. usage_tokens: of a device's chunk, whose choices are counted; None is all. window: see `Usage`."""
+    table choose nothing. training: a batch norm takes the batch's statistics (with a momentum of 1 always the running
+    ones). chunk: tokens at a time, None by memory. usage_tokens: of a device's chunk, whose choices are counted; None
+    is all. window: see `Usage`."""
 
     spec: ProductKeys
     combine: Callable[[Array, Array, Array, Array], Array]

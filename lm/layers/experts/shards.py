@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lm.core.sharding import current_mesh, spec
 from lm.core.types import Array
@@ -60,11 +59,6 @@ def total(tree: Any, *parts: Any) -> Any:
     """The sum over the mesh axes of these entries, inside `on_shards`."""
     axes = axes_of(*parts)
     return jax.lax.psum(tree, axes) if axes else tree
-
-
-def replicated(tree: Any) -> Any:
-    """The specification of whole arrays for every leaf."""
-    return jax.tree.map(lambda _: PartitionSpec(), tree)
 
 
 def over_chunks(fn: Callable[..., tuple[Array, Any]], size: int, *arrays: Array) -> tuple[Array, Any]:
