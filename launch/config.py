@@ -102,22 +102,28 @@ def _check_best_metric(config: ConfigDict) -> None:
                          f"eval.sets")
 
 
-def _check_devices(config: ConfigDict, num_devices: int) -> None:
-    from lm.core.axes import BATCH_AXES
+def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
+    """Size of every mesh axis over all slices. Raises ValueError where the devices do not fit."""
     from lm.core.sharding import resolve_mesh_shape
     mesh = options(config, "mesh")
     across = dict(mesh.dcn or {})
     slices = math.prod(across.values())
     if slices < 1 or num_devices % slices:
         raise ValueError(f"config.mesh.dcn={across} needs a multiple of {slices} devices; there are {num_devices}")
-    shape = resolve_mesh_shape(mesh.sizes, num_devices // slices)
-    rows = math.prod(shape[axis] * across.get(axis, 1) for axis in BATCH_AXES)
+    within = resolve_mesh_shape(mesh.sizes, num_devices // slices)
+    return {axis: n * across.get(axis, 1) for axis, n in within.items()}
+
+
+def _check_devices(config: ConfigDict, num_devices: int) -> None:
+    from lm.core.axes import BATCH_AXES
+    shape = mesh_shape(config, num_devices)
+    rows = math.prod(shape[axis] for axis in BATCH_AXES)
     batch, pieces = config.train.batch_size, config.train.microbatches
     if batch % (rows * pieces):
         raise ValueError(
             f"config.train.batch_size={batch} in microbatches={pieces} must be divisible by the {rows} rows that "
             f"{' x '.join(BATCH_AXES)} split it into on {num_devices} devices; nearest: "
             f"{max(1, round(batch / (rows * pieces))) * rows * pieces}")
-    if config.train.seq_len % (shape["context"] * across.get("context", 1)):
+    if config.train.seq_len % shape["context"]:
         raise ValueError(f"config.train.seq_len={config.train.seq_len} must be divisible by config.mesh.context="
-                         f"{shape['context'] * across.get('context', 1)}")
+                         f"{shape['context']}")

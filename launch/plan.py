@@ -11,7 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints a table with a row for each kind of layer."""
     from launch import config as configs
-    from lm.core.sharding import resolve_mesh_shape
     from lm.data.corpora import load_tokenizer
     from lm.models.build import build_model, check_mesh
     from lm.models.plan import format_rows, parameter_bytes, rows
@@ -19,7 +18,7 @@ def main(args: argparse.Namespace) -> int:
     model = build_model(config.model.to_dict(), load_tokenizer(configs.options(config, "data")).vocab_size)
     print(format_rows(rows(model, config.train.seq_len)))
     if args.devices is not None:
-        mesh = resolve_mesh_shape(configs.options(config, "mesh").sizes, args.devices)
+        mesh = configs.mesh_shape(config, args.devices)
         check_mesh(model, mesh)
         size = parameter_bytes(model, mesh)
         shape = ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"

@@ -99,6 +99,11 @@ def test_the_devices_must_fit_the_batch(overrides, devices, message):
     assert message in str(error.value)
 
 
+def test_the_shape_of_a_mesh_counts_all_slices():
+    resolved = config.resolve(GIVEN, [("mesh.dcn", {"data": 4}), ("mesh.data", 1), ("mesh.fsdp", -1)])
+    assert config.mesh_shape(resolved, 32) == dict(data=4, fsdp=8, expert=1, context=1, tensor=1)
+
+
 def test_options_gives_the_instance():
     made = config.resolve(GIVEN, [("train.steps", "7")])
     assert dataclasses.is_dataclass(config.options(made, "train"))
