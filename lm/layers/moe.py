@@ -21,11 +21,10 @@ from lm.layers.experts import routing
 from lm.layers.experts.dispatch import Experts, by_expert, by_token, over_devices
 from lm.layers.experts.options import check_counts, check_momentum, declare_usage
 from lm.layers.experts.routing import Choice
-from lm.layers.experts.shards import check_rows, on_shards, over_chunks, split_of, total
+from lm.layers.experts.shards import CHUNK_BYTES, check_rows, on_shards, over_chunks, split_of, total
 from lm.layers.linear import Dense
 from lm.layers.mlp import ACTIVATIONS, MLP
 
-CHUNK_BYTES = 1 << 28  # temporaries of a chunk of tokens where the layer does not say how many tokens it has
 FEW = 4  # experts that a token may have outside of training under expert choice, as a multiple of top_k
 
 

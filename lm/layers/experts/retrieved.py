@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 from lm.core.tally import Moments, Usage
 from lm.core.types import Array, Aux, Mean
 from lm.layers.experts.product_keys import ProductKeys, RouterArrays, choose, query_moments
-from lm.layers.experts.shards import Split, on_shards, over_chunks, split_of, total
+from lm.layers.experts.shards import CHUNK_BYTES, Split, on_shards, over_chunks, split_of, total
 
-CHUNK_BYTES = 1 << 28  # temporaries of a chunk of tokens where the layer does not say how many tokens it has
 OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured: it sorts every token's ids
 
 

@@ -16,6 +16,7 @@ from lm.core.types import Array
 from lm.layers.attention_op.sharded import compiler_splits
 
 EXPERT_AXIS = "expert"
+CHUNK_BYTES = 1 << 28  # temporaries of a chunk of tokens where the layer does not say how many tokens it has
 
 
 class Split(NamedTuple):
