@@ -39,7 +39,8 @@ def write_out(args: argparse.Namespace) -> str:
         params, step = restore_params(args.workdir, None, args.step, ema=args.ema)
         if "lora" in params or "state" in params:
             raise ValueError(f"{args.workdir} holds adapters or initial states beside its weights, for which others "
-                             f"have no names; there is no command yet that adds adapters up")
+                             f"have no names; convert the run that it started from (config.train.init_from), as no "
+                             f"command adds adapters up yet")
         if args.to == "blinkdl":
             tensors = to_blinkdl(group, params, vocab, cast(dtype))
             write_safetensors(stage, tensors)

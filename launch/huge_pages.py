@@ -26,7 +26,8 @@ def environment(command: str, environ: Mapping[str, str]) -> dict[str, str] | No
         return None
     if environ.get("JAX_PLATFORMS") != "cpu":
         return None
-    return {**environ, VARIABLE: ":".join(part for part in (tunables, *TUNABLES) if part)}
+    ours = (tunable for tunable in TUNABLES if tunable.split("=")[0] not in tunables)  # the user's stay
+    return {**environ, VARIABLE: ":".join(part for part in (tunables, *ours) if part)}
 
 
 def restart_with_huge_pages(argv: list[str]) -> None:

@@ -16,6 +16,8 @@ SETTINGS = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc
     ("train", {"JAX_PLATFORMS": "cpu"}, SETTINGS),
     ("train", {"JAX_PLATFORMS": "cpu", VARIABLE: "glibc.malloc.check=1"},
      f"glibc.malloc.check=1:{SETTINGS}"),
+    ("train", {"JAX_PLATFORMS": "cpu", VARIABLE: "glibc.malloc.arena_max=8"},
+     f"glibc.malloc.arena_max=8:{SETTINGS.removesuffix(':glibc.malloc.arena_max=1')}"),
     ("train", {"JAX_PLATFORMS": "cpu", VARIABLE: "glibc.malloc.hugetlb=0"}, None),
     ("train", {"JAX_PLATFORMS": "tpu"}, None),
     ("train", {}, None),
