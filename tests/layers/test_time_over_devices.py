@@ -44,13 +44,11 @@ def test_tokens_before(lags_wanted, present):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
-LAYERS = [MinGRU(conv_width=3), pytest.param(MinLSTM(), marks=pytest.mark.slow),
-          pytest.param(RWKV4(), marks=pytest.mark.slow),
-          pytest.param(RWKV5(head_dim=8), marks=pytest.mark.slow),
-          pytest.param(RWKV6(head_dim=8, mix_rank=4, decay_rank=4), marks=pytest.mark.slow),
-          RWKV7(head_dim=8, value_residual=False)]
+LAYERS = [MinGRU(conv_width=3), MinLSTM(), RWKV4(), RWKV5(head_dim=8),
+          RWKV6(head_dim=8, mix_rank=4, decay_rank=4), RWKV7(head_dim=8, value_residual=False)]
 
 
+@pytest.mark.slow       # by default: a training run over `context` in tests/train/test_equal_losses.py
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
 def test_outputs_states_and_gradients_of_layers(layer):
     """Documents start inside of stretches and at their edge, and one row ends in padding."""
