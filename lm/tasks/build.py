@@ -45,6 +45,9 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
     if not any(weights.values()):
         raise ValueError(f"config.loss: every weight is 0 ({', '.join(weights)}), so nothing would be learned; give at "
                          f"least one loss a weight")
+    if not any(weight for name, weight in weights.items() if name in LOSSES):
+        raise ValueError(f"config.loss: {', '.join(weights)} only adds to a loss of predictions, and there is none; "
+                         f"give one a weight, e.g. next_token=1.0")
     return {**out, CHUNK: out.get(CHUNK)}
 
 

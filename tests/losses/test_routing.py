@@ -63,7 +63,7 @@ def test_router_z_adds_up_over_microbatches():
 
 def test_load_balance_with_microbatches_has_to_be_asked_for():
     with pytest.raises(ValueError, match="load_balance does not add up"):
-        step(dict(load_balance=1.0), microbatches=2)
+        step(dict(next_token=1.0, load_balance=1.0), microbatches=2)
 
 
 def test_what_no_layer_reports_is_refused():
@@ -78,4 +78,6 @@ def test_names_are_checked_like_those_of_other_losses():
         resolve_loss(dict(load_balence=1.0))
     with pytest.raises(ValueError, match="router_z has no option"):
         resolve_loss(dict(router_z=dict(weight=1.0, name="x")))
-    assert resolve_loss(dict(router_z=dict(weight=2)))["router_z"] == {"weight": 2.0}
+    assert resolve_loss(dict(next_token=1.0, router_z=dict(weight=2)))["router_z"] == {"weight": 2.0}
+    with pytest.raises(ValueError, match="router_z only adds to a loss of predictions, and there is none"):
+        resolve_loss(dict(router_z=1.0))
