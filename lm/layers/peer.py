@@ -4,8 +4,7 @@ Shape legend: B batch, T time, D embed_dim, N experts, R rows of an expert (down
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from flax import linen as nn
 from lm.core.fields import did_you_mean
 from lm.core.types import Array, Aux, Context, State
 from lm.layers.dropout import dropout
-from lm.layers.experts.options import check_counts, check_momentum, declare_usage
-from lm.layers.experts.product_keys import Gate, ProductKeys, QueryNorm, check_keys, gate_power
+from lm.layers.experts.by_product_keys import ByProductKeys
+from lm.layers.experts.options import declare_usage
+from lm.layers.experts.product_keys import Gate, QueryNorm, gate_power
 from lm.layers.experts.retrieved import Retrieval
-from lm.layers.experts.shards import check_rows
 from lm.layers.mlp import ACTIVATIONS
 from pallas_kernels.peer_experts.api import peer_experts
 
@@ -25,7 +24,7 @@ from pallas_kernels.peer_experts.api import peer_experts
 EXPERTS: dict[str, tuple[Callable[[Array], Array], bool]] = {"relu": (jax.nn.relu, False), **ACTIVATIONS}
 
 
-class PEER(nn.Module):
+class PEER(ByProductKeys, nn.Module):
     """y = sum over heads and their k best experts i of g_i act(u_i . x) v_i, or g_i act(u_i . x) (w_i . x) v_i.
 
     num_experts: N, a square; expert i of them is a row (u_i, v_i). num_heads: queries a token. top_k: experts a head.
@@ -58,32 +57,15 @@ class PEER(nn.Module):
     output_scale: float | None = None
     implementation: str | None = None
 
+    kind = "peer"
+    rows = "num_experts"
+
     def check(self, embed_dim: int) -> None:
         """Raises ValueError where the fields do not fit together."""
-        check_keys("peer", self.num_experts, "num_experts", self.num_heads, self.top_k, self.dim(embed_dim), self.gate)
-        check_counts("peer", chunk=self.chunk, usage_tokens=self.usage_tokens, dead_after=self.dead_after)
-        check_momentum("peer", self.momentum)
+        super().check(embed_dim)
         if self.activation not in EXPERTS:
             raise ValueError(f"peer.activation={self.activation!r} is unknown{did_you_mean(self.activation, EXPERTS)}; "
                              f"known: {', '.join(EXPERTS)}")
-
-    def check_mesh(self, mesh: Mapping[str, int]) -> None:
-        """Raises ValueError where the mesh cannot split the experts."""
-        check_rows("peer.num_experts", self.num_experts, mesh, square=True)
-
-    @property
-    def not_additive(self) -> tuple[str, ...]:
-        """What makes a batch more than the sum of its microbatches."""
-        return ("peer.query_norm='batch'",) if self.query_norm == "batch" and self.momentum < 1 else ()
-
-    def dim(self, embed_dim: int) -> int:
-        """Width of a query."""
-        return max(2, embed_dim // 8 * 2) if self.key_dim is None else self.key_dim
-
-    def router(self, embed_dim: int) -> ProductKeys:
-        """The template of the router."""
-        return ProductKeys(self.num_experts, self.num_heads, self.top_k, self.dim(embed_dim), self.query_norm,
-                           self.gate, self.per_head_keys, self.momentum, self.implementation, parent=None)
 
     def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
         """Forward FLOPs a token: queries, sub-keys, and the chosen experts."""
@@ -95,15 +77,6 @@ class PEER(nn.Module):
         """Parameters that a token uses: queries, all sub-keys, and the chosen experts."""
         rows = 3 if EXPERTS[self.activation][1] else 2
         return self.router(embed_dim).num_params(embed_dim) + rows * self.granularity * embed_dim
-
-    @property
-    def granularity(self) -> int:
-        """Experts that a token uses."""
-        return self.num_heads * self.top_k
-
-    def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
-        """Stateless."""
-        return ()
 
     @nn.compact
     def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:

@@ -3,24 +3,21 @@
 Shape legend: B batch, T time, D embed_dim, N values.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from flax import linen as nn
 
 from lm.core.types import Array, Aux, Context, State
 from lm.layers.dropout import dropout
-from lm.layers.experts.options import check_counts, check_momentum, declare_usage
-from lm.layers.experts.product_keys import Gate, ProductKeys, QueryNorm, check_keys, gate_power
+from lm.layers.experts.by_product_keys import ByProductKeys
+from lm.layers.experts.options import declare_usage
+from lm.layers.experts.product_keys import Gate, QueryNorm, gate_power
 from lm.layers.experts.retrieved import Retrieval
-from lm.layers.experts.shards import check_rows
 from lm.layers.experts.values import weighted_rows
 
 # E[gelu(a)^2] of a normal a: the variance of an MLP's output, whose `down` has fan-in variance.
 GELU_POWER = 0.425
 
 
-class PKM(nn.Module):
+class PKM(ByProductKeys, nn.Module):
     """y = sum over heads and their k best values i of g_i m_i: PEER without a neuron.
 
     num_values: N, a square, of vectors m_i as wide as the model. num_heads: queries a token. top_k: values a head.
@@ -51,29 +48,8 @@ class PKM(nn.Module):
     output_scale: float | None = None
     implementation: str | None = None
 
-    def check(self, embed_dim: int) -> None:
-        """Raises ValueError where the fields do not fit together."""
-        check_keys("pkm", self.num_values, "num_values", self.num_heads, self.top_k, self.dim(embed_dim), self.gate)
-        check_counts("pkm", chunk=self.chunk, usage_tokens=self.usage_tokens, dead_after=self.dead_after)
-        check_momentum("pkm", self.momentum)
-
-    def check_mesh(self, mesh: Mapping[str, int]) -> None:
-        """Raises ValueError where the mesh cannot split the values."""
-        check_rows("pkm.num_values", self.num_values, mesh, square=True)
-
-    @property
-    def not_additive(self) -> tuple[str, ...]:
-        """What makes a batch more than the sum of its microbatches."""
-        return ("pkm.query_norm='batch'",) if self.query_norm == "batch" and self.momentum < 1 else ()
-
-    def dim(self, embed_dim: int) -> int:
-        """Width of a query."""
-        return max(2, embed_dim // 8 * 2) if self.key_dim is None else self.key_dim
-
-    def router(self, embed_dim: int) -> ProductKeys:
-        """The template of the router."""
-        return ProductKeys(self.num_values, self.num_heads, self.top_k, self.dim(embed_dim), self.query_norm, self.gate,
-                           self.per_head_keys, self.momentum, self.implementation, parent=None)
+    kind = "pkm"
+    rows = "num_values"
 
     def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
         """Forward FLOPs a token: queries, sub-keys, and the sum of the chosen values."""
@@ -82,15 +58,6 @@ class PKM(nn.Module):
     def active_params(self, embed_dim: int) -> int:
         """Parameters that a token uses: queries, all sub-keys, and the chosen values."""
         return self.router(embed_dim).num_params(embed_dim) + self.granularity * embed_dim
-
-    @property
-    def granularity(self) -> int:
-        """Values that a token reads."""
-        return self.num_heads * self.top_k
-
-    def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
-        """Stateless."""
-        return ()
 
     @nn.compact
     def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:

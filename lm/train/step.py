@@ -59,6 +59,8 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
 
         tally = metrics.get("tally", {})
+        # Under adapters the model itself stays as it is, and so do its statistics.
+        learns = bool(tally) and any(jax.tree.leaves(optimizer.trainable_mask["params"]))
         stats, counted = settle(state.params.get(STATS, {}), tally) if tally else ({}, {})
         metrics = {name: mean for name, mean in metrics.items() if name != "tally"}
         grad_norm = optax.tree.norm(grads)
@@ -71,7 +73,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             ema = state.ema
             if ema is not None:
                 ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
-            if stats:  # averages already: the average of the parameters goes with the newest
+            if stats and learns:  # averages already: the average of the parameters goes with the newest
                 params = {**params, STATS: stats}
                 ema = None if ema is None else {**ema, STATS: stats}
             return params, opt_state, carry, ema

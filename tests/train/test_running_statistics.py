@@ -1,5 +1,6 @@
 """Running statistics through the train step, the stack's forms, microbatches, checkpoints and evaluation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.adapters import FROZEN
+from lm.adapters.lora import init_lora
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
 from lm.core.tally import Moments, Usage, by_layer, settle, unevenness
@@ -176,3 +179,18 @@ def test_metrics_are_named_by_depth():
     names = {f"stack/{block}/norm0/scale": jnp.zeros((2, 3)) for block in ("prefix_0", "pattern_0", "pattern_1")}
     named = {name: float(value) for name, value in by_layer(metrics, names).items()}
     assert named == {"layer_0/a/entropy": 0.5, "layer_2/a/entropy": 1.0, "layer_4/a/entropy": 2.0}
+
+
+def test_adapters_leave_the_statistics_of_the_model_alone():
+    """As they leave its parameters: the same base serves other adapters, and itself."""
+    model, made = recipe()
+    params = init_params(model, jax.random.key(0))
+    params = {**params, "lora": init_lora(jax.random.key(1), params["params"], 2, "mlp/.*kernel")}
+    optimizer = build_optimizer(dataclasses.replace(made.optimizer.options, rules=(FROZEN,)), params, 10)
+    state = Recipe(lambda key: params, None, optimizer).fresh(0)
+    after, metrics = jax.jit(make_train_step(make_apply(model), build_objective({}), optimizer))(state, batch())
+    for kept in ("params", "stats"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[kept], state.params[kept])
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after.params["lora"],
+                                            state.params["lora"])))
+    assert "train/layer_0/peer/usage" in metrics
