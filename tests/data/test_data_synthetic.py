@@ -13,7 +13,8 @@ from lm.data.synthetic import TASKS
 from lm.data.synthetic.ids import Ids
 from lm.data.synthetic.word_problem import GROUPS, multiplication
 
-SMALL = {"mqar": (dict(num_pairs=3, num_keys=6, num_values=5), 16),
+SMALL = {"facts": (dict(num_keys=5, num_classes=3), 9),
+         "mqar": (dict(num_pairs=3, num_keys=6, num_values=5), 16),
          "selective_copy": (dict(num_tokens=3, num_symbols=4), 15),
          "word_problem": (dict(group="S3", length=5), 13)}
 tasks = pytest.mark.parametrize("name", SMALL)
@@ -66,6 +67,23 @@ def test_selective_copy_asks_for_the_symbols_in_order():
         assert (tokens[-3:] == 1).all() and (tokens[:-3] != 1).all() and list(np.flatnonzero(weights)) == [12, 13, 14]
     many = dataset("selective_copy", batch_size=40).batch(0).tokens
     assert len({tuple(np.flatnonzero(row >= 2)) for row in many}) > 9
+
+
+def test_facts_are_one_class_a_pair_in_training_and_validation():
+    told, counts = {}, np.zeros(3)
+    for data in (dataset("facts", batch_size=60), dataset("facts", split="validation", batch_size=60)):
+        batch = data.batch(0)
+        assert (np.flatnonzero(batch.weights[0]) == [1, 3, 5, 7]).all() and not batch.present[:, 8].any()
+        for at in (1, 3, 5, 7):
+            for first, second, fact in zip(batch.tokens[:, at - 1], batch.tokens[:, at], batch.targets[:, at],
+                                           strict=True):
+                assert first < 5 <= second < 10 <= fact < 13 and told.setdefault((first, second), fact) == fact
+    for fact in told.values():
+        counts[fact - 10] += 1
+    assert len(told) == 25 and (counts > 0).all()
+    other = dataset("facts", batch_size=60, draw=1).batch(0)
+    pairs = zip(other.tokens[:, 0], other.tokens[:, 1], other.targets[:, 1], strict=True)
+    assert any(told[first, second] != fact for first, second, fact in pairs)
 
 
 def test_mqar_asks_for_each_key_once_and_its_value_follows():

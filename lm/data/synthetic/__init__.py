@@ -1,7 +1,8 @@
 """Rows that are made, not read. To add a task: its file, and its line here."""
 
+from lm.data.synthetic.facts import Facts
 from lm.data.synthetic.mqar import MQAR
 from lm.data.synthetic.selective_copy import SelectiveCopy
 from lm.data.synthetic.word_problem import WordProblem
 
-TASKS = {"mqar": MQAR, "selective_copy": SelectiveCopy, "word_problem": WordProblem}
+TASKS = {"facts": Facts, "mqar": MQAR, "selective_copy": SelectiveCopy, "word_problem": WordProblem}
