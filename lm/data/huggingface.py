@@ -56,6 +56,13 @@ class HuggingFace:
     def _specials(self) -> dict[int, str]:
         return {i: str(t.content) for i, t in self._model.get_added_tokens_decoder().items() if t.special}
 
+    reads_special = True  # `encode` turns the texts of special tokens into their ids
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text to id of the special tokens."""
+        return {text: i for i, text in self._specials.items()}
+
     @functools.cached_property
     def bos_id(self) -> int | None:
         return self._special(self.bos, "bos")

@@ -48,7 +48,8 @@ class Tiktoken:
         return ranks
 
     @functools.cached_property
-    def _specials(self) -> dict[str, int]:
+    def special_tokens(self) -> dict[str, int]:
+        """Text to id of the special tokens; `encode` takes their texts for plain ones."""
         return {"<|endoftext|>": 1 + max(self._ranks.values())} if self.special is None else dict(self.special)
 
     @functools.cached_property
@@ -59,7 +60,7 @@ class Tiktoken:
             raise ValueError("tokenizer kind 'tiktoken' needs that package; pip install 'loomlm[data]'") from None
         try:
             return tiktoken.Encoding(self.file.name, pat_str=PATTERNS.get(self.pattern, self.pattern),
-                                     mergeable_ranks=self._ranks, special_tokens=self._specials)
+                                     mergeable_ranks=self._ranks, special_tokens=self.special_tokens)
         except ValueError as error:
             raise ValueError(f"{self.file}: pattern must be {', '.join(PATTERNS)} or a regular expression; got "
                              f"{self.pattern!r} ({error})") from None
@@ -70,7 +71,7 @@ class Tiktoken:
 
     @property
     def eos_id(self) -> int | None:
-        return self._specials.get("<|endoftext|>")
+        return self.special_tokens.get("<|endoftext|>")
 
     @property
     def bos_id(self) -> int | None:
@@ -86,7 +87,7 @@ class Tiktoken:
     @functools.cached_property
     def fingerprint(self) -> str:
         ranks = sorted((rank, token.hex()) for token, rank in self._ranks.items())
-        return digest("tiktoken", PATTERNS.get(self.pattern, self.pattern), self._specials, ranks)
+        return digest("tiktoken", PATTERNS.get(self.pattern, self.pattern), self.special_tokens, ranks)
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode_ordinary(text), np.int32)
