@@ -14,11 +14,13 @@ from lm.core.fields import did_you_mean
 from lm.core.types import Array, Aux, Context, State
 from lm.layers.dropout import dropout
 from lm.layers.experts.by_product_keys import ByProductKeys
+from lm.layers.experts.numbering import Numbering
 from lm.layers.experts.options import declare_usage
 from lm.layers.experts.product_keys import Gate, QueryNorm, gate_power
 from lm.layers.experts.retrieved import Retrieval
 from lm.layers.mlp import ACTIVATIONS
-from pallas_kernels.peer_experts.api import peer_experts
+from pallas_kernels.peer_experts.api import peer_experts, peer_experts_with_sink
+from pallas_kernels.product_key_topk.api import num_sub_keys
 
 # name -> (nonlinearity, whether a third vector of the expert multiplies it)
 EXPERTS: dict[str, tuple[Callable[[Array], Array], bool]] = {"relu": (jax.nn.relu, False), **ACTIVATIONS}
@@ -39,6 +41,9 @@ class PEER(ByProductKeys, nn.Module):
       choice after which an expert counts as dead. dropout: of the output.
     output_scale: multiplies the standard deviation of v at initialisation.
     implementation: of both operations, product_key_topk and peer_experts; None is the best for the platform.
+    numbering: of the experts. shell: those of the first n sub-keys come first, whatever N is, so that `lm grow` appends
+      rows; grid is i n + j, as other implementations and older runs have it.
+    active_keys: the first sub-keys of each half that can be chosen, None is all; experts of the others wait.
     """
 
     num_experts: int = 65_536
@@ -56,13 +61,21 @@ class PEER(ByProductKeys, nn.Module):
     dropout: float = 0.0
     output_scale: float | None = None
     implementation: str | None = None
+    numbering: Numbering = "shell"
+    active_keys: int | None = None
 
     kind = "peer"
     rows = "num_experts"
+    table = "experts"
+    table_axes = ("experts", None, "embed")
 
     def check(self, embed_dim: int) -> None:
         """Raises ValueError where the fields do not fit together."""
         super().check(embed_dim)
+        n, active = num_sub_keys(self.num_experts), self.active_keys
+        if active is not None and not self.top_k <= active <= n:
+            raise ValueError(f"peer.active_keys={active} must be from top_k={self.top_k} to {n}, the root of "
+                             f"num_experts={self.num_experts}; nearest: {min(max(active, self.top_k), n)}")
         if self.activation not in EXPERTS:
             raise ValueError(f"peer.activation={self.activation!r} is unknown{did_you_mean(self.activation, EXPERTS)}; "
                              f"known: {', '.join(EXPERTS)}")
@@ -88,14 +101,16 @@ class PEER(ByProductKeys, nn.Module):
         # A head's k weights have squares that sum to gate_power, and h heads add up: with this the output has the
         # variance of an MLP with as many active neurons, whose `down` has fan-in variance.
         up = scale * (self.num_heads * gate_power(self.gate, self.top_k)) ** -0.5
-        table = self.param("experts", nn.with_logical_partitioning(row_init(D**-0.5, up), ("experts", None, "embed")),
+        table = self.param(self.table, nn.with_logical_partitioning(row_init(D**-0.5, up), self.table_axes),
                            (N, 3 if gated else 2, D))
         if self.is_initializing():  # parameters are all that is wanted, and this costs much to trace
             declare_usage(self, N)
             return x, state, {}
-        combine = functools.partial(peer_experts, activation=act, implementation=self.implementation)
-        retrieval = Retrieval(spec, combine, ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
-        y, tally = retrieval(x, ctx.weights, router, table)
+        how = dict(activation=act, implementation=self.implementation)
+        retrieval = Retrieval(spec, functools.partial(peer_experts, **how),
+                              functools.partial(peer_experts_with_sink, **how),
+                              ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
+        y, tally = retrieval(x, ctx.weights, router, table, self.sink())
         return dropout(y, self.dropout, ctx.key), state, {"tally": tally}
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from lm.core.sharding import make_mesh, shardings
 from lm.core.types import context
+from lm.layers.experts.numbering import numbered, to_shell
 from lm.layers.experts.retrieved import overlap
 from lm.layers.experts.shards import check_rows
 from lm.layers.mlp import MLP
@@ -30,6 +31,13 @@ def made(layer, seed=0, shape=(B, T, D)):
     variables = treedef.unflatten([a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
     present = jnp.ones(shape[:2], bool).at[-1, 2:].set(False)
     return variables, x, ctx._replace(weights=present)
+
+
+def pairs(numbering, n):
+    """The sub-keys (i, j) of experts 0, 1, ...; shell by shell, each the border of a square."""
+    if numbering == "grid":
+        return [(i, j) for i in range(n) for j in range(n)]
+    return [pair for m in range(n) for pair in [(i, m) for i in range(m)] + [(m, j) for j in range(m + 1)]]
 
 
 def by_hand(layer, variables, x, ctx):
@@ -65,7 +73,7 @@ def by_hand(layer, variables, x, ctx):
             length = lambda v: np.sqrt((v * v).sum(-1, keepdims=True))
             one, two, first, second = (v / length(v) for v in (one, two, first, second))
             one, two = one * router["scale"][h, :Q // 2], two * router["scale"][h, Q // 2:]
-        scores = np.array([one @ first[i // n] + two @ second[i % n] for i in range(N)])
+        scores = np.array([one @ first[i] + two @ second[j] for i, j in pairs(layer.numbering, n)])
         best = np.argsort(-scores)[:layer.top_k]
         gates = np.exp(scores[best] - scores[best].max())
         gates = gates / gates.sum() if layer.gate == "softmax" else 1 / (1 + np.exp(-scores[best]))
@@ -117,7 +125,7 @@ def test_one_expert_a_head_is_a_dense_mlp_of_the_selected_rows():
 @pytest.mark.slow
 def test_gradients_are_those_of_a_dense_gated_mlp():
     """k = n: values and all gradients are those of softmax over the k best of an ordinary dense layer's neurons."""
-    layer = PEER(num_experts=4, num_heads=2, top_k=2, query_norm="none", key_dim=4)
+    layer = PEER(num_experts=4, num_heads=2, top_k=2, query_norm="none", key_dim=4, numbering="grid")
     variables, x, _ = made(layer)
     ctx = context(B, T, key=jax.random.key(0))
 
@@ -267,6 +275,8 @@ def test_peak_temporaries_do_not_grow_with_the_batch():
     (dict(num_experts=64, top_k=1), "gate='sigmoid'"),
     (dict(activation="gelo"), "did you mean 'gelu'"),
     (dict(momentum=1.5), "from 0 to 1"),
+    (dict(num_experts=64, top_k=4, active_keys=9), "from top_k=4 to 8, the root of num_experts=64; nearest: 8"),
+    (dict(num_experts=64, top_k=4, active_keys=3), "nearest: 4"),
 ])
 def test_bad_fields_are_refused_with_what_would_do(fields, message):
     with pytest.raises(ValueError, match="peer") as error:
@@ -280,3 +290,33 @@ def test_an_expert_axis_that_does_not_divide_is_refused(rows, shards, near):
         return check_rows("peer.num_experts", rows, {"expert": shards}, square=True)
     with pytest.raises(ValueError, match=f"nearest that is and is a square: {near}"):
         check_rows("peer.num_experts", rows, {"expert": shards}, square=True)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_shell_numbers_are_dense_and_do_not_change_with_n(n):
+    more, grid = n + 3, np.arange(n * n)
+    ids = [list(map(int, numbered(grid, n, stride, "shell"))) for stride in (n, more)]
+    assert sorted(ids[0]) == list(grid) and ids[0] == ids[1] == [pairs("shell", n).index(pair) for pair in
+                                                                 pairs("grid", n)]
+    assert pairs("shell", more)[:n * n] == pairs("shell", n)
+    assert [pairs("grid", more)[i] for i in numbered(grid, n, more, "grid")] == pairs("grid", n)
+
+
+def test_sub_keys_that_wait_change_no_bit_and_numbering_is_a_permutation():
+    small = VARIANTS["batch"]
+    variables, x, ctx = made(small)
+    run = lambda layer, variables: jax.jit(layer.apply)(variables, x, (), ctx)[0]
+    y, params = run(small, variables), variables["params"]
+    rng = np.random.default_rng(0)
+    more = lambda a, axis: np.concatenate([a, rng.normal(size=(*a.shape[:axis], 64 - a.shape[axis] if axis == 0 else 3,
+                                                               *a.shape[axis + 1:])).astype(np.float32)], axis)
+    grown = {**params, "experts": more(params["experts"], 0),
+             "router": {**params["router"], "keys": more(params["router"]["keys"], 1)}}
+    waiting, opened = (run(small.clone(num_experts=64, active_keys=keys), {**variables, "params": grown})
+                       for keys in (5, None))
+    np.testing.assert_array_equal(y, waiting)
+    assert np.abs(np.asarray(opened) - np.asarray(y)).max() > 1e-3
+    grid = np.asarray(params["experts"])[[pairs("shell", 5).index(pair) for pair in pairs("grid", 5)]]
+    np.testing.assert_array_equal(y, run(small.clone(numbering="grid"),
+                                         {**variables, "params": {**params, "experts": grid}}))
+    np.testing.assert_array_equal(to_shell(grid, 5, 0), params["experts"])

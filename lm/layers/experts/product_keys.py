@@ -13,6 +13,7 @@ from flax import linen as nn
 from lm.core.tally import Moments
 from lm.core.tree import STATS
 from lm.core.types import Array
+from lm.layers.experts.numbering import Numbering, numbered
 from lm.layers.linear import Dense
 from pallas_kernels.product_key_topk.api import num_sub_keys, product_key_topk
 
@@ -40,6 +41,7 @@ class ProductKeys(nn.Module):
     num_keys: N, a square. query_norm: batch (mean and variance of each feature over the tokens), layer (of each head's
     query), l2 (halves of queries and sub-keys of length 1, times a learned scale) or none. gate: softmax over the k
     scores of a head, or sigmoid of each. per_head_keys: sub-keys of each head's own. momentum: of running statistics.
+    numbering: of the N keys. active_keys: the first sub-keys of each half that can be chosen, None is all.
     """
 
     num_keys: int
@@ -51,6 +53,8 @@ class ProductKeys(nn.Module):
     per_head_keys: bool
     momentum: float
     implementation: str | None = None
+    numbering: Numbering = "grid"
+    active_keys: int | None = None
 
     @nn.compact
     def __call__(self, embed_dim: int) -> RouterArrays:
@@ -134,9 +138,11 @@ def choose(x: Array, present: Array, router: RouterArrays, spec: ProductKeys) ->
     [B, T, H] of the gates, as shares of their sum, in nats."""
     q = normalised(queries(x, router), router, spec.query_norm)
     first, second = jnp.split(q, 2, -1)
-    keys = router.keys.astype(q.dtype)
+    # The sub-keys that wait are left out before anything is computed: scores and ids are those of the smaller layer.
+    keys = router.keys[..., :spec.active_keys, :].astype(q.dtype)
     keys = unit(keys) if spec.query_norm == "l2" else keys
     scores, ids = product_key_topk(first, second, keys[0], keys[1], spec.top_k, implementation=spec.implementation)
+    ids = numbered(ids, keys.shape[-2], router.keys.shape[-2], spec.numbering)
     here = present[..., None, None] != 0
     gates = jax.nn.softmax(scores, -1) if spec.gate == "softmax" else jax.nn.sigmoid(scores)
     share = jax.lax.stop_gradient(gates / jnp.sum(gates, -1, keepdims=True))
