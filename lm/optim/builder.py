@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from lm.core.tree import map_named
+from lm.optim.held import on_free
 from lm.optim.muon import scale_by_muon
 from lm.optim.options import OptimizerOptions
 from lm.optim.per_layer import per_layer
@@ -63,7 +64,8 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
     tx = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
     if options.state_dtype == "bfloat16":
         tx = store_in_bfloat16(tx, stochastic=options.stochastic_rounding)
-    return Optimizer(on_trainable(tx, mask), schedule, rows, mask, options)
+    held = {row.name: row.held for row in trainable if row.held}
+    return Optimizer(on_free(on_trainable(tx, mask), held), schedule, rows, mask, options)
 
 
 def _group(row: Row) -> str:

@@ -13,7 +13,8 @@ STATE_DTYPES = ("float32", "bfloat16")
 NEWTON_SCHULZ = ("standard", "gram")
 
 # What a rule may say about the parameters that it matches.
-RULE_KEYS = {"match": str, "lr_multiplier": float, "weight_decay": float, "freeze": bool, "optimizer": str}
+RULE_KEYS = {"match": str, "lr_multiplier": float, "weight_decay": float, "freeze": bool, "optimizer": str,
+             "freeze_first": tuple[int, int]}
 
 WHERE = "config.optimizer"
 
@@ -52,7 +53,8 @@ class OptimizerOptions:
     state_dtype: str = option("float32", "dtype of the moments between steps: float32 or bfloat16")
     stochastic_rounding: bool = option(False, "round the moments to bfloat16 at random and without bias")
     rules: tuple[dict, ...] = option((), "per-parameter rules: match (regex), lr_multiplier, weight_decay, freeze, "
-                                         "optimizer; the first rule that says a thing decides it")
+                                         "optimizer, freeze_first=(count, axis), which holds the first places of an "
+                                         "axis, counted from the last, -1; the first rule that says a thing decides it")
     adam_learning_rate: float | None = option(None, "peak for parameters that adamw trains beside another optimizer; "
                                                     "None: learning_rate")
     muon_steps: int = option(5, "muon: Newton-Schulz iterations")
@@ -117,6 +119,9 @@ def check_rule(rule: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}.{key} must be {type_name(RULE_KEYS[key])}; got {value!r}") from None
         if key in ("lr_multiplier", "weight_decay") and value < 0:
             raise ValueError(f"{where}.{key} must be at least 0; got {value}")
+    if "freeze_first" in rule and not (rule["freeze_first"][0] >= 0 > rule["freeze_first"][1]):
+        raise ValueError(f"{where}.freeze_first={tuple(rule['freeze_first'])} must be (count, axis) with a count of at "
+                         f"least 0 and an axis counted from the last, -1 or less")
     if "optimizer" in rule:
         known(rule["optimizer"], OPTIMIZERS, f"{where}.optimizer")
     try:

@@ -1,8 +1,8 @@
 """What is done to each parameter: rules by regular expression, resolved into one row a parameter.
 
-Each thing that can be said (`optimizer`, `weight_decay`, `lr_multiplier`, `freeze`) is decided by the first rule, in
-order, that matches the name and says it. The user's rules come first and the defaults below last, so every parameter
-is covered, and a user's rule that only sets a multiplier leaves the rest to the defaults.
+Each thing that can be said (`optimizer`, `weight_decay`, `lr_multiplier`, `freeze`, `freeze_first`) is decided by the
+first rule, in order, that matches the name and says it. The user's rules come first and the defaults below last, so
+every parameter is covered, and a user's rule that only sets a multiplier leaves the rest to the defaults.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from lm.optim.options import WHERE, OptimizerOptions
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One parameter. `shape` is the stored one; `layers` is its leading axis of stacked layers, 0 without one.
-    The peak learning rate is that of the optimizer times `lr_multiplier`."""
+    The peak learning rate is that of the optimizer times `lr_multiplier`. Of `held` = (count, axis) the first `count`
+    places of that axis, counted from the last, stay as they are."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class Row:
     lr_multiplier: float
     weight_decay: float
     frozen: bool
+    held: tuple[int, int] | None = None
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -37,6 +39,14 @@ class Row:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def trainable(self) -> int:
+        """Number of elements that training changes."""
+        if self.held is None:
+            return 0 if self.frozen else self.size
+        count, axis = self.held
+        return 0 if self.frozen else self.size - self.size // self.shape[axis] * count
 
 
 # Running statistics are moved by the train step; no rule of a user's makes parameters of them.
@@ -95,17 +105,30 @@ def _row(options: OptimizerOptions, rules: tuple[dict[str, Any], ...], name: str
     multiplier = float(said["lr_multiplier"])
     if said["optimizer"] == "adamw" != options.name and options.adam_learning_rate is not None:
         multiplier *= options.adam_learning_rate / options.learning_rate
-    return Row(name, shape, layers, said["optimizer"], multiplier, float(said["weight_decay"]), bool(said["freeze"]))
+    return Row(name, shape, layers, said["optimizer"], multiplier, float(said["weight_decay"]), bool(said["freeze"]),
+               _held(name, shape[bool(layers):], said.get("freeze_first")))
+
+
+def _held(name: str, shape: tuple[int, ...], first: tuple[int, int] | None) -> tuple[int, int] | None:
+    """What is held of a parameter; None where that is nothing. Raises ValueError for more than there is."""
+    if first is None or not first[0]:
+        return None
+    count, axis = first
+    if -axis > len(shape) or count > shape[axis]:
+        raise ValueError(f"{WHERE}.rules freeze the first {count} places of axis {axis} of {name}, whose shape is "
+                         f"{shape}; it has " + (f"{shape[axis]} of them" if -axis <= len(shape) else
+                                                f"axes -1 to {-len(shape)}"))
+    return int(count), int(axis)
 
 
 def format_table(rows: tuple[Row, ...]) -> str:
     """The rows as aligned text for parameters.txt, with the totals in the last line."""
-    cells = [("name", "shape", "size", "optimizer", "lr x", "decay")]
+    cells = [("name", "shape", "size", "optimizer", "lr x", "decay", "")]
     for row in rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
         how = ("frozen", "-", "-") if row.frozen else (row.optimizer, f"{row.lr_multiplier:g}", f"{row.weight_decay:g}")
-        cells.append((row.name, shape, f"{row.size:,}", *how))
+        cells.append((row.name, shape, f"{row.size:,}", *how, f"first {row.held[0]} frozen" if row.held else ""))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    trainable = sum(row.size for row in rows if not row.frozen)
+    trainable = sum(row.trainable for row in rows)
     return "\n".join([*lines, f"{sum(row.size for row in rows):,} parameters, {trainable:,} trainable"]) + "\n"
