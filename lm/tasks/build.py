@@ -3,6 +3,9 @@
 The group names losses of `lm.losses.LOSSES`; a value is the weight, or a mapping of `weight` and the loss's options:
 
     loss = dict(next_token=1.0, z_loss=1e-4)
+
+At most one of them may be of `lm.losses.preference.PREFERENCE`: it makes the objective one of pairs, and the others
+then see the chosen responses.
 """
 
 from collections.abc import Mapping
@@ -12,14 +15,16 @@ from lm.core.fields import build, check_known, did_you_mean, fill
 from lm.core.types import Objective
 from lm.losses import LOSSES, REPORTED
 from lm.losses.base import Term
+from lm.losses.preference import PREFERENCE
 from lm.tasks.language_modeling import LanguageModeling
+from lm.tasks.preference import REFERENCES, PreferenceObjective
 
-CHUNK = "chunk"  # the one option that belongs to the objective, not to a loss
+CHUNK, REFERENCE = "chunk", "reference"  # options that belong to the objective, not to a loss
 
 
 def terms() -> dict[str, Any]:
-    """Every loss that the group may name: those of predictions, and those that layers report."""
-    return {**LOSSES, **REPORTED}
+    """Every loss that the group may name: those of predictions, of preferences, and those that layers report."""
+    return {**LOSSES, **PREFERENCE, **REPORTED}
 
 
 def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,6 +37,8 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"config.loss.chunk must be an int of at least 1, or None; got {value!r}")
             out[name] = value
             continue
+        if name == REFERENCE:
+            continue
         if name not in terms():
             raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, terms()) or '.'} "
                              f"It takes: {', '.join(terms())}, {CHUNK}")
@@ -42,13 +49,21 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
         out = {"next_token": 1.0, **out}
     weights = {name: value["weight"] if isinstance(value, Mapping) else value
                for name, value in out.items() if name != CHUNK}
+    pairs = [name for name in weights if name in PREFERENCE]
+    if len(pairs) > 1:
+        raise ValueError(f"config.loss names {' and '.join(pairs)}; one preference loss makes an objective, beside "
+                         f"losses of predictions")
+    reference = given.get(REFERENCE)
+    if reference is not None and (not pairs or reference not in REFERENCES):
+        raise ValueError(f"config.loss.reference={reference!r} belongs to a preference loss "
+                         f"({', '.join(PREFERENCE)}) and is {', '.join(REFERENCES)} or None")
     if not any(weights.values()):
         raise ValueError(f"config.loss: every weight is 0 ({', '.join(weights)}), so nothing would be learned; give at "
                          f"least one loss a weight")
-    if not any(weight for name, weight in weights.items() if name in LOSSES):
+    if not any(weight for name, weight in weights.items() if name in LOSSES or name in PREFERENCE):
         raise ValueError(f"config.loss: {', '.join(weights)} only adds to a loss of predictions, and there is none; "
                          f"give one a weight, e.g. next_token=1.0")
-    return {**out, CHUNK: out.get(CHUNK)}
+    return {**out, CHUNK: out.get(CHUNK), **({REFERENCE: reference} if pairs else {})}
 
 
 def _resolve_term(name: str, value: Any) -> Any:
@@ -76,7 +91,7 @@ def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
     """The objective that the `loss` group describes (resolved or not). carry_state: rows go on from step to step.
     not_additive: what in the model makes a batch more than the sum of its microbatches."""
     resolved = resolve_loss(config)
-    chunk = resolved.pop(CHUNK)
+    chunk, reference = resolved.pop(CHUNK), resolved.pop(REFERENCE, None)
     made = {}
     for name, value in resolved.items():
         if isinstance(value, Mapping):
@@ -86,4 +101,10 @@ def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
         else:
             made[name] = Term(terms()[name], value)
     alone = tuple(name for name in made if name in REPORTED and not REPORTED[name].additive)
+    for name in (name for name in made if name in PREFERENCE):
+        if carry_state:
+            raise ValueError(f"config.loss.{name} compares whole responses; leave out train.carry_state")
+        rest = {other: term for other, term in made.items() if other != name}
+        return PreferenceObjective(name, made[name].loss, made[name].weight, rest, reference, chunk,
+                                   (*alone, *not_additive))
     return LanguageModeling(made, chunk, carry_state, (*alone, *not_additive))

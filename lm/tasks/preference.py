@@ -1,0 +1,153 @@
+"""Learning from preferences: one forward pass over chosen and rejected responses together, and any preference loss.
+
+Shape legend: B rows, T time, G groups of a row; see `lm.losses.preference.responses` for how a row holds pairs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.core.batch import Batch
+from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Params
+from lm.losses.base import Term, Weight
+from lm.losses.cross_entropy import token_scores
+from lm.losses.preference.base import PreferenceLoss
+from lm.losses.preference.odds import log_odds
+from lm.losses.preference.responses import CHOSEN, Groups, groups_of, sums, supervised
+from lm.losses.routing import Reported
+from lm.tasks.language_modeling import forward
+
+COPY, CACHED, ADAPTERS_OFF = REFERENCES = ("copy", "cached", "adapters_off")
+BESIDE = ("lora", "state")  # collections that adapt a model; without them it is the reference
+NLL = "nll"
+
+
+def reference_kind(given: str | None, adapters: bool) -> str:
+    """Where reference log-probabilities come from: as given, else the model without its adapters, else a copy of the
+    parameters before the first step."""
+    return given or (ADAPTERS_OFF if adapters else COPY)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceObjective:
+    """weight * (scale * mean of the loss over its pairs + sft * mean negative log-likelihood of the chosen responses),
+    and for each of `terms` the mean over what the likelihood covers.
+
+    name, loss, weight: of the preference loss. terms: losses of positions, and what layers report. reference: one of
+    REFERENCES or None, see `reference_kind`; a copy is the carry, cached log-probabilities come with the batch.
+    chunk: positions whose logits exist at a time; None picks by memory.
+    """
+
+    name: str
+    loss: PreferenceLoss
+    weight: Weight = 1.0
+    terms: Mapping[str, Term] = dataclasses.field(default_factory=dict)
+    reference: str | None = None
+    chunk: int | None = None
+    model_not_additive: tuple[str, ...] = ()
+    carry_per_row: bool = False
+
+    @property
+    def not_additive(self) -> tuple[str, ...]:
+        """What does not add up over microbatches."""
+        return (*(() if self.loss.additive else (self.name,)), *self.model_not_additive)
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """Weight of each term."""
+        own = {self.name: _scaled(self.weight, self.loss.scale)}
+        if self.loss.sft:
+            own[NLL] = _scaled(self.weight, self.loss.sft)
+        return {**own, **{name: term.weight for name, term in self.terms.items()}}
+
+    def counts(self, batch: Batch) -> Mapping[str, Array]:
+        """What each term divides by, from the batch alone: pairs (responses, for KTO), tokens or sequences."""
+        groups = groups_of(jnp.zeros(batch.tokens.shape, jnp.float32), None, batch)
+        taught = supervised(batch, self.loss.sft_tokens)
+        out = {self.name: jnp.sum(self.loss.counted(groups), dtype=jnp.float32)}
+        if self.loss.sft:
+            out[NLL] = self._likelihood(jnp.zeros_like(taught), taught, batch).count
+        for name, term in self.terms.items():
+            out[name] = term.loss.count(batch) if isinstance(term.loss, Reported) else taught.sum()
+        return out
+
+    def _likelihood(self, logp: Array, taught: Array, batch: Batch) -> Mean:
+        """Mean negative log-likelihood over the positions [B, T] that teach: a token, or a sequence."""
+        if self.loss.sft_average == "tokens":
+            return Mean.of(-logp, taught)
+        totals = sums(jnp.where(taught == 0, 0, -logp * taught), batch.segment_ids)[..., CHOSEN]
+        sizes = sums(taught, batch.segment_ids)[..., CHOSEN]
+        return Mean.of(totals / jnp.where(sizes > 0, sizes, 1), sizes > 0)
+
+    def reference_logp(self, apply: Apply, params: Params, carry: Carry, batch: Batch) -> Array | None:
+        """[B, T] log-probabilities of the targets under the reference model, None where the loss needs none and none
+        are at hand. Raises ValueError where it needs them and the batch has none."""
+        kind = reference_kind(self.reference, any(name in params for name in BESIDE))
+        if kind == CACHED or not self.loss.needs_reference:
+            cached = getattr(batch, "reference", None)
+            if cached is None and self.loss.needs_reference:
+                raise ValueError(f"config.loss.reference='cached': the batch brings no log-probabilities of a "
+                                 f"reference model for {self.name}; use reference='copy', or data that hold them")
+            return cached
+        variables = without_adapters(params) if kind == ADAPTERS_OFF else carry
+        variables = jax.lax.stop_gradient(variables)
+        out = forward(apply, variables, batch)
+        return jax.lax.stop_gradient(token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk).logp)
+
+    def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
+                 key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
+        """(means of the terms, carry, metrics of `measures` and what layers counted)."""
+        reference = self.reference_logp(apply, params, carry, batch)
+        out = forward(apply, params, batch, key)
+        scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
+        groups = groups_of(scores.logp, reference, batch)
+        taught = supervised(batch, self.loss.sft_tokens)
+        means = {self.name: Mean.of(self.loss(groups), self.loss.counted(groups))}
+        if self.loss.sft:
+            means[NLL] = self._likelihood(scores.logp, taught, batch)
+        for name, term in self.terms.items():
+            means[name] = (term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported)
+                           else Mean.of(term.loss(scores, batch), taught))
+        tally = {"tally": out.aux["tally"]} if "tally" in out.aux else {}
+        return means, carry, {**measures(self.loss, groups), **tally}
+
+
+def without_adapters(params: Params) -> Params:
+    """The variables of the model that adapters were put beside."""
+    return {name: part for name, part in params.items() if name not in BESIDE}
+
+
+def _scaled(weight: Weight, factor: float) -> Weight:
+    if callable(weight):
+        return lambda step: factor * weight(step)
+    return factor * weight
+
+
+def measures(loss: PreferenceLoss, groups: Groups) -> dict[str, Any]:
+    """Means over responses and pairs: log-probabilities a token, lengths, the log odds ratio, rewards and how often the
+    chosen one's is larger; the log-ratio to the reference a token where there is one. Nothing is exponentiated."""
+    chosen, rejected, paired = groups.chosen, groups.rejected, groups.paired
+    good, bad = loss.reward(chosen), loss.reward(rejected)
+    odds = log_odds(chosen.mean_logp) - log_odds(rejected.mean_logp)
+    out = {
+        "chosen_logp": Mean.of(chosen.mean_logp, chosen.present),
+        "rejected_logp": Mean.of(rejected.mean_logp, rejected.present),
+        "logp_margin": Mean.of(chosen.mean_logp - rejected.mean_logp, paired),
+        "log_odds_ratio": Mean.of(odds, paired),
+        "chosen_reward": Mean.of(good, chosen.present),
+        "rejected_reward": Mean.of(bad, rejected.present),
+        "reward_margin": Mean.of(good - bad, paired),
+        "pair_accuracy": Mean.of(good > bad, paired),
+        "chosen_length": Mean.of(chosen.length, chosen.present),
+        "rejected_length": Mean.of(rejected.length, rejected.present),
+        "pairs": Mean(jnp.sum(paired, dtype=jnp.float32), jnp.ones((), jnp.float32)),
+        "nonfinite_responses": Mean.of(~jnp.isfinite(jnp.stack([chosen.logp, rejected.logp])),
+                                       jnp.stack([chosen.present, rejected.present])),
+    }
+    if chosen.reference is not None:
+        both = [jnp.stack(pair) for pair in zip(chosen[:3], rejected[:3], strict=True)]
+        out["log_ratio"] = Mean(jnp.sum(jnp.where(both[1] > 0, both[0] - both[2], 0)), jnp.sum(both[1]))
+    return out
