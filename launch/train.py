@@ -65,6 +65,7 @@ class Prepared:
     corpora: Any
     train_set: Any
     headline: str
+    goldfish: Any = None  # lm.core.goldfish.Goldfish, where the train step makes the mask
 
     def experiment(self, workdir: str) -> Any:
         """The `lm.train.loop.Experiment` of this run."""
@@ -92,7 +93,17 @@ class Prepared:
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
             # Frozen kernels need no gradient of their own: forward, and backward through the inputs.
             passes=2.0 if adapters.used(self.options) else 3.0, bytes_per_token=bytes_per_token,
-            baselines=evaluation.baselines)
+            baselines=evaluation.baselines, mask=self.mask())
+
+    def mask(self) -> Any:
+        """What the train step does to the weights of a batch, None for nothing."""
+        if self.goldfish is None:
+            return None
+        import jax.numpy as jnp
+
+        from lm.core.goldfish import masked
+        rows = jnp.uint32(self.options.batch_size)
+        return lambda batch, step: masked(self.goldfish, batch, step.astype(jnp.uint32) * rows)
 
     def start(self, state: Any) -> Any:
         """A fresh state with another run's parameters, where the config asks for them."""
@@ -118,8 +129,10 @@ def prepare(config: Any) -> Prepared:
     from lm.core.tree import num_params
     from lm.data.corpora import load_corpora
     from lm.data.loader import build_dataset
+    from lm.data.tokenizer import special_ids
     from lm.models.build import abstract_params, build_model, check_mesh
     from lm.optim.builder import build_optimizer
+    from lm.tasks.goldfish import goldfish_of
     from lm.train.carried import carried_state
     from lm.train.state import Recipe
 
@@ -129,8 +142,10 @@ def prepare(config: Any) -> Prepared:
     data = configs.options(config, "data")
     check_carry(options, data, config)
     corpora = load_corpora(data)
+    goldfish = goldfish_of(config.loss.to_dict(), special_ids(corpora.tokenizer), options.seq_len)
+    on_device = goldfish is not None and goldfish.where == "device"
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
-                              seq_len=options.seq_len, corpora=corpora)
+                              seq_len=options.seq_len, corpora=corpora, goldfish=None if on_device else goldfish)
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
     check_mesh(model, mesh.shape)
     boxed = abstract_params(model)
@@ -155,7 +170,7 @@ def prepare(config: Any) -> Prepared:
     headline = (f"{num_params(shapes):,} parameters, {data}, batches of "
                 f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
-    return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline)
+    return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline, goldfish if on_device else None)
 
 
 def check_carry(options: Any, data: Any, config: Any) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "lm.optim": {"lm.core"},
     "lm.adapters": {"lm.core"},
     "lm.generate": {"lm.core"},
-    "lm.data": {"lm.core.batch", "lm.core.fields"},
+    "lm.data": {"lm.core.batch", "lm.core.fields", "lm.core.goldfish"},
     "lm.eval": {"lm.core", "lm.data", "lm.losses", "lm.generate"},
     "lm.tasks": {"lm.core", "lm.data", "lm.losses", "lm.eval", "lm.generate"},
     "lm.train": {"lm.core", "lm.tasks", "lm.optim", "lm.adapters", "lm.losses"},
@@ -32,7 +32,8 @@ ONLY = {
     "pallas_kernels": {"jax", "numpy"},
     "experiments": {"ml_collections"},
 }
-WITHOUT_JAX = ("lm.data", "lm/core/batch.py", "lm/core/fields.py")
+WITHOUT_JAX = ("lm.data", "lm/core/batch.py", "lm/core/fields.py", "lm/core/goldfish.py", "lm/core/goldfish_hash.py",
+               "lm/core/goldfish_umd.py")
 
 
 def imports(path: pathlib.Path) -> set[str]:

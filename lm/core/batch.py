@@ -40,6 +40,21 @@ class Batch(NamedTuple):
         return self.segment_ids != 0
 
 
+class MaskedBatch(NamedTuple):
+    """A training batch out of which a mask took targets: the fields of `Batch`, in which those have weight 0, and
+    `dropped`, [B, T] float32, the weight that each had."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    dropped: Any
+
+    reset = Batch.reset
+    present = Batch.present
+
+
 def batch_spec(batch_size: int, seq_len: int) -> Batch:
     """Shapes and dtypes of a batch, as zero-cost numpy placeholders for tracing and for contract tests."""
     shape = (batch_size, seq_len)

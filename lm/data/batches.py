@@ -1,9 +1,10 @@
 """What every split has in common: batch `step` is rows step * B to step * B + B - 1, shared equally by the hosts."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
-from lm.core.batch import Batch
+from lm.core.batch import Batch, MaskedBatch
+from lm.core.goldfish import Goldfish, masked
 
 
 class Reader(Protocol):
@@ -11,6 +12,25 @@ class Reader(Protocol):
 
     def rows(self, first: int, count: int) -> Batch:
         """Global rows first .. first + count - 1."""
+
+
+class MaskedReader:
+    """A reader's rows, out of which a mask took targets; what else the reader has is its own."""
+
+    def __init__(self, reader: Any, goldfish: Goldfish) -> None:
+        self._reader, self._goldfish = reader, goldfish
+
+    def rows(self, first: int, count: int) -> MaskedBatch:
+        """Global rows first .. first + count - 1. The number of a row is a uint32 to the mask, as it is on a device."""
+        return masked(self._goldfish, self._reader.rows(first, count), first % 2**32)
+
+    def read(self, places: list[tuple[int, int] | None]) -> Batch:
+        """Rows for an evaluation: every target is seen."""
+        return self._reader.read(places)
+
+    @property
+    def sources(self) -> list[Any]:
+        return self._reader.sources
 
 
 class StepBatches:

@@ -12,7 +12,8 @@ import numpy as np
 
 from lm.core.batch import Batch
 from lm.core.fields import check_known
-from lm.data.batches import StepBatches
+from lm.core.goldfish import Goldfish
+from lm.data.batches import MaskedReader, StepBatches
 from lm.data.corpora import Corpora, load_corpora
 from lm.data.hashing import digest, fold
 from lm.data.lanes import LANES
@@ -132,14 +133,23 @@ Dataset = TokenDataset | SyntheticDataset
 
 
 def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None = None, split: str = "train",
-                  seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None) -> Dataset:
+                  seed: int = 0, batch_size: int, seq_len: int, corpora: Corpora | None = None,
+                  goldfish: Goldfish | None = None) -> Dataset:
     """The `split` ("train" or "validation") of the data that `options` describe.
 
     `corpora` (from `load_corpora`) avoids reading the data again for the second split. The validation split is ordered
-    by `split_seed`, so that every run evaluates on the same rows. Raises ValueError for data that cannot be read, a
-    split without documents, or a sequence longer than all training data.
+    by `split_seed`, so that every run evaluates on the same rows. goldfish: a mask of training targets, made with the
+    rows; other splits never have one. Raises ValueError for data that cannot be read, a split without documents, or a
+    sequence longer than all training data.
     """
-    options = data_options(options)
+    made = _build(data_options(options), tokenizer, split, seed, batch_size, seq_len, corpora)
+    if goldfish is not None and split == "train":
+        made.reader = MaskedReader(made.reader, goldfish)
+    return made
+
+
+def _build(options: DataOptions, tokenizer: Tokenizer | None, split: str, seed: int, batch_size: int, seq_len: int,
+           corpora: Corpora | None) -> Dataset:
     check_known([split], SPLITS, "the data", "split")
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:

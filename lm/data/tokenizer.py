@@ -115,3 +115,9 @@ def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:
     given = {f.name: getattr(tokenizer, f.name) for f in dataclasses.fields(tokenizer)
              if f.default is dataclasses.MISSING or getattr(tokenizer, f.name) != f.default}
     return {"kind": kind, **given}
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that stand for no text: bos, eos, and others of 0 bytes."""
+    named = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    return tuple(sorted({*named, *np.flatnonzero(tokenizer.token_bytes == 0).tolist()}))

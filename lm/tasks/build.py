@@ -16,6 +16,7 @@ from lm.core.types import Objective
 from lm.losses import LOSSES, REPORTED
 from lm.losses.base import Term
 from lm.losses.preference import PREFERENCE
+from lm.tasks.goldfish import GOLDFISH, resolve_goldfish
 from lm.tasks.language_modeling import LanguageModeling
 from lm.tasks.preference import REFERENCES, PreferenceObjective
 
@@ -39,12 +40,14 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name == REFERENCE:
             continue
+        if name == GOLDFISH:
+            continue
         if name not in terms():
-            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, terms()) or '.'} "
-                             f"It takes: {', '.join(terms())}, {CHUNK}")
+            raise ValueError(f"config.loss has no loss {name!r}{did_you_mean(name, (*terms(), GOLDFISH)) or '.'} "
+                             f"It takes: {', '.join(terms())}, {CHUNK}, {GOLDFISH}")
         out[name] = _resolve_term(name, value)
     if not any(name in terms() for name in out):
-        if given and set(given) != {CHUNK}:
+        if given and not set(given) <= {CHUNK, GOLDFISH}:
             raise ValueError("config.loss needs at least one loss, e.g. dict(next_token=1.0)")
         out = {"next_token": 1.0, **out}
     weights = {name: value["weight"] if isinstance(value, Mapping) else value
@@ -63,7 +66,11 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
     if not any(weight for name, weight in weights.items() if name in LOSSES or name in PREFERENCE):
         raise ValueError(f"config.loss: {', '.join(weights)} only adds to a loss of predictions, and there is none; "
                          f"give one a weight, e.g. next_token=1.0")
-    return {**out, CHUNK: out.get(CHUNK), **({REFERENCE: reference} if pairs else {})}
+    if pairs and given.get(GOLDFISH) is not None:
+        raise ValueError(f"config.loss.{GOLDFISH} takes targets out, and {pairs[0]} needs every token of a response; "
+                         f"leave one of them out")
+    return {**out, **resolve_goldfish(given.get(GOLDFISH)), CHUNK: out.get(CHUNK),
+            **({REFERENCE: reference} if pairs else {})}
 
 
 def _resolve_term(name: str, value: Any) -> Any:
@@ -92,6 +99,7 @@ def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
     not_additive: what in the model makes a batch more than the sum of its microbatches."""
     resolved = resolve_loss(config)
     chunk, reference = resolved.pop(CHUNK), resolved.pop(REFERENCE, None)
+    resolved.pop(GOLDFISH, None)
     made = {}
     for name, value in resolved.items():
         if isinstance(value, Mapping):

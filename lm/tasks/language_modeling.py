@@ -8,6 +8,7 @@ from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Output, Param
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
 from lm.losses.routing import Reported
+from lm.tasks.goldfish import apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,15 @@ class LanguageModeling:
     def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
                  key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
         """(means of the terms, carry, {"accuracy": share of targets that are the most probable token, "tally": what the
-        layers counted, where they do})."""
+        layers counted, where they do}), and of a batch with a mask what `apart` says."""
         out = forward(apply, params, batch, key, carry if self.carry_per_row else None)
         scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
         means = {name: term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported)
                  else Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
         after = out.state if self.carry_per_row else carry
         tally = {"tally": out.aux["tally"]} if "tally" in out.aux else {}
-        return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights), **tally}
+        return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights),
+                              **apart(scores, batch), **tally}
 
 
 def forward(apply: Apply, params: Params, batch: Batch, key: Key | None = None, state: State = None) -> Output:

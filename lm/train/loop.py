@@ -46,6 +46,7 @@ class Experiment:
     flops_per_token: forward FLOPs. passes: a step costs this many forward passes, see `lm.train.metrics.mfu`.
     bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
     baselines: name to bits per byte, drawn beside the curve.
+    mask: takes targets out of a training batch, see `lm.train.step.make_train_step`.
     """
 
     apply: Apply
@@ -59,6 +60,7 @@ class Experiment:
     passes: float = 3.0
     bytes_per_token: float | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    mask: Callable[[Batch, Any], Batch] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
     step_fn = jax.jit(
         make_train_step(experiment.apply, experiment.objective, experiment.recipe.optimizer,
                         microbatches=options.microbatches, skip_nonfinite=options.on_nonfinite == "skip",
-                        per_microbatch=options.per_microbatch),
+                        per_microbatch=options.per_microbatch, mask=experiment.mask),
         donate_argnums=0, out_shardings=(experiment.recipe.shardings(mesh), None))
 
     with open_checkpoints(workdir, checkpoint) as checkpoints:

@@ -24,14 +24,15 @@ from lm.train.state import TrainState
 
 
 def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *, microbatches: int = 1,
-                    skip_nonfinite: bool = False,
-                    per_microbatch: bool = False) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+                    skip_nonfinite: bool = False, per_microbatch: bool = False,
+                    mask: Callable[[Batch, Array], Batch] | None = None
+                    ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function that a run jits, with its state donated.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step` (or, with skip_nonfinite, the count of
     skips and the step). Metrics are scalars, keyed `train/...`. What layers counted (`metrics["tally"]`) is settled
     once, from the whole batch: running statistics move on with the parameters, and there are metrics of each layer,
-    `train/layer_<depth>/...`.
+    `train/layer_<depth>/...`. mask: called with the whole batch and the step (int32, from 0), changes its weights.
 
     Raises ValueError for terms that do not add up over microbatches, unless per_microbatch.
     """
@@ -52,6 +53,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
+        batch = batch if mask is None else mask(batch, state.step)
         counts = objective.counts(batch)
         trainable = select(state.params, optimizer.trainable_mask)
         loss, grads, (means, carry, metrics) = accumulate(
