@@ -1,4 +1,4 @@
-"""The residual block: pre-normed layers, summed one after another into the stream."""
+"""The residual block: pre-normed layers, summed one after another into the stream; as a sandwich, sums normed too."""
 
 from typing import Any
 
@@ -16,12 +16,14 @@ class Block(nn.Module):
     layers: one Module a layer (token mixer, channel mixer, ...). names: their parameter names, distinct. norm: the
     template of every norm. A layer that returns `aux["publish"]` makes those values part of `ctx.shared` for the
     layers after it; what was published first stays. `aux["tally"]` of its layers (see `lm.core.tally`) stays nested by
-    their names. A `state` collection holds initial states that are learned.
+    their names. A `state` collection holds initial states that are learned. sandwich: every sum is normed as well, so
+    that the stream cannot grow however often a block is run (Geiping et al. 2025, section 3.2).
     """
 
     layers: tuple[nn.Module, ...]
     names: tuple[str, ...]
     norm: nn.Module
+    sandwich: bool = False
 
     def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
         """The states of its layers."""
@@ -44,6 +46,8 @@ class Block(nn.Module):
             else:
                 y, s, aux = call(normed, before, inner)
             x = constrain(x + y, "batch", "length", "activation_embed")
+            if self.sandwich:
+                x = self.norm.copy(name=f"norm{n}_after")(x)
             after.append(s)
             published = {**aux.get("publish", {}), **published}
             report |= {f"{name}/{k}": v for k, v in aux.items() if k not in ("publish", "tally")}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lm.core.fields import did_you_mean, field_types, fill, option
+from lm.core.fields import build, did_you_mean, field_types, fill, option
 from lm.core.sharding import shardings
 from lm.core.types import Apply, Key, Params
 from lm.layers import LAYERS
@@ -26,6 +26,8 @@ from lm.layers.block import Block
 from lm.layers.norm import LayerNorm, RMSNorm
 from lm.layers.stack import Stack
 from lm.models.decoder import DecoderLM
+from lm.models.depth_options import ENTRY, RecurrentDepthOptions
+from lm.models.recurrent_depth import RecurrentDepthLM
 
 NORMS = {
     "rms": RMSNorm,
@@ -73,6 +75,9 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError, naming the field, for unknown names, wrong types, and layers that do not fit the width.
     """
     own = field_types(ModelOptions)
+    given = dict(given)
+    looped = given.pop(ENTRY, None)
+    depth = None if looped is None else build(RecurrentDepthOptions, looped, f"config.model.{ENTRY}")
     entries = {name: dict(value) for name, value in given.items() if isinstance(value, Mapping) and name not in own}
     for name in set(given) - set(entries) - set(own):
         if name in LAYERS:
@@ -89,9 +94,13 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config.model.{name}={options[name]} must be above 0"
                              f"{NONE_IS.get(name, ', or None for none')}")
     check_dropout(options, "config.model")
-    repeats_of(made)
-    used = entry_names(made.prefix + made.pattern)
-    out = dict(options)
+    coda = () if depth is None else depth.coda
+    repeats_of(made, coda)
+    if depth is not None and not made.pattern:
+        raise ValueError(f"config.model.pattern is the core that config.model.{ENTRY} loops, and it is empty; name at "
+                         f"least one block, such as 'attention/mlp'")
+    used = entry_names(made.prefix + made.pattern + coda)
+    out = dict(options) if depth is None else {**options, ENTRY: dataclasses.asdict(depth)}
     for name in dict.fromkeys((*used, *entries)):
         given_entry = entries.get(name, {})
         kind = given_entry.get("kind", name)
@@ -116,9 +125,10 @@ def check_dropout(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}.dropout={options['dropout']} must be at least 0 and below 1")
 
 
-def repeats_of(options: ModelOptions) -> int:
-    """How often the pattern stands; raises ValueError where num_layers is not prefix + pattern * repeats."""
-    rest = options.num_layers - len(options.prefix)
+def repeats_of(options: ModelOptions, coda: tuple[str, ...] = ()) -> int:
+    """How often the pattern stands; raises ValueError where num_layers is not prefix + pattern * repeats + coda."""
+    once = len(options.prefix) + len(coda)
+    rest = options.num_layers - once
     if not options.pattern and rest == 0:
         return 0
     if not options.pattern:
@@ -126,9 +136,9 @@ def repeats_of(options: ModelOptions) -> int:
                          f"num_layers={options.num_layers}; name at least one block, such as 'attention/mlp'")
     if rest < 0 or rest % len(options.pattern):
         raise ValueError(
-            f"config.model.num_layers={options.num_layers} must be {len(options.prefix)} (prefix) plus a multiple of "
-            f"{len(options.pattern)} (pattern); nearest: "
-            f"{len(options.prefix) + max(1, round(rest / max(1, len(options.pattern)))) * len(options.pattern)}")
+            f"config.model.num_layers={options.num_layers} must be {once} (prefix{' and coda' if coda else ''}) plus a "
+            f"multiple of {len(options.pattern)} (pattern); nearest: "
+            f"{once + max(1, round(rest / max(1, len(options.pattern)))) * len(options.pattern)}")
     return rest // len(options.pattern)
 
 
@@ -144,34 +154,44 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
         raise ValueError("config.model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment; without it JAX would "
                          "compute in float32")
     norm = functools.partial(NORMS[options.norm], **({} if options.norm_eps is None else {"eps": options.norm_eps}))
+    depth = RecurrentDepthOptions(**resolved[ENTRY]) if ENTRY in resolved else None
+    coda = () if depth is None else depth.coda
+    repeats = repeats_of(options, coda)
+    # Blocks that a token goes through, a looped core's as often as it is on average.
+    blocks = options.num_layers + (0 if depth is None else repeats * len(options.pattern) * max(0.0, depth.mean - 1))
     layers = {}
-    for name in entry_names(options.prefix + options.pattern):
+    for name in entry_names(options.prefix + options.pattern + coda):
         entry = dict(resolved[name])
         cls = LAYERS[entry.pop("kind")]
         # Branches add up in the residual stream: each starts at 1 / sqrt(number of branches) (GPT-2, section 2.3).
         if "output_scale" in entry and entry["output_scale"] is None:
-            entry["output_scale"] = (2 * options.num_layers) ** -0.5
+            entry["output_scale"] = (2 * blocks) ** -0.5
         layers[name] = cls(**entry)
-    prefix = tuple(build_block(spec, layers, norm()) for spec in options.prefix)
-    pattern = tuple(build_block(spec, layers, norm()) for spec in options.pattern)
-    return DecoderLM(
-        vocab_size=options.vocab_size or vocab_size, embed_dim=options.embed_dim,
-        stack=Stack(prefix, pattern, repeats_of(options), options.scan, options.remat), final_norm=norm(),
+    sandwich = depth is not None and depth.sandwich
+    prefix, pattern, coda = (tuple(build_block(spec, layers, norm(), sandwich) for spec in specs)
+                             for specs in (options.prefix, options.pattern, coda))
+    common = dict(
+        vocab_size=options.vocab_size or vocab_size, embed_dim=options.embed_dim, final_norm=norm(),
         vocab_multiple=options.vocab_multiple, tie_embeddings=options.tie_embeddings,
         max_positions=options.max_positions, embed_std=options.embed_std, softcap=options.softcap,
         dropout=options.dropout, dtype=options.dtype, embed_norm=norm() if options.embed_norm else None)
+    stack = lambda prefix, pattern, repeats: Stack(prefix, pattern, repeats, options.scan, options.remat)
+    if depth is None:
+        return DecoderLM(stack=stack(prefix, pattern, repeats), **common)
+    return RecurrentDepthLM(stack=stack((), pattern, repeats), prelude=stack(prefix, (), 0), coda=stack(coda, (), 0),
+                            depth=depth, **common)
 
 
-def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module) -> Block:
+def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module, sandwich: bool = False) -> Block:
     """The block "a/b" of these layers; a layer that stands twice in it gets two sets of parameters."""
     parts = spec.split("/")
     names = tuple(part if parts.count(part) == 1 else f"{part}_{parts[:n].count(part)}" for n, part in enumerate(parts))
-    return Block(tuple(layers[part] for part in parts), names, norm)
+    return Block(tuple(layers[part] for part in parts), names, norm, sandwich)
 
 
 def layers_of(model: DecoderLM) -> list[nn.Module]:
-    """The templates of the layers of all its blocks, prefix first, those of the pattern once."""
-    return [layer for block in (*model.stack.prefix, *model.stack.pattern) for layer in block.layers]
+    """The templates of the layers of all its blocks, in order of depth, those of a pattern once."""
+    return [layer for _, block, _, _ in model.blocks() for layer in block.layers]
 
 
 def not_additive(model: DecoderLM) -> tuple[str, ...]:

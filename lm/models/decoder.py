@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D embed_dim, V padded vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.sharding import constrain
-from lm.core.types import Array, Context, Head, Key, Output, State
+from lm.core.types import Array, Aux, Context, Head, Key, Output, State
+from lm.layers.block import Block
 from lm.layers.dropout import dropout
 from lm.layers.linear import Embed, OutputHead, with_adapter
 from lm.layers.stack import Stack
@@ -94,17 +96,30 @@ class DecoderLM(nn.Module):
             x = self.embed_norm(x)
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
         ctx = Context(reset, positions, weights, key, {})
-        x, after, aux = self.stack(x, state.stack, ctx)
-        if "tally" in aux:  # named like the variables
-            aux = {**aux, "tally": {"stack": aux["tally"]}}
-        x = self.final_norm(x)
-
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
-        if not self.tie_embeddings and "head" in self.variables.get("lora", {}):
+
+        def adapted(x: Array) -> tuple[Array, Head]:
+            if self.tie_embeddings or "head" not in self.variables.get("lora", {}):
+                return x, head
             adapter = self.variables["lora"]["head"]
-            x, head = with_adapter(x, head, adapter["a"], adapter["b"])
-        return Output(x, head, DecoderState(following, after), aux)
+            return with_adapter(x, head, adapter["a"], adapter["b"])
+
+        x, after, aux = self.layers(x, state.stack, ctx, adapted)
+        return Output(*adapted(x), DecoderState(following, after), aux)
+
+    def layers(self, x: Array, state: State, ctx: Context,
+               head: Callable[[Array], tuple[Array, Head]]) -> tuple[Array, State, Aux]:
+        """From the embedded input to normed hidden states. head: hidden states with the head that reads them."""
+        x, after, aux = self.stack(x, state, ctx)
+        if "tally" in aux:  # named like the variables
+            aux = {**aux, "tally": {"stack": aux["tally"]}}
+        return self.final_norm(x), after, aux
+
+    def blocks(self) -> list[tuple[str, Block, int, float]]:
+        """(name of its variables, block, how often it stands there, how often each is run) in order of depth."""
+        return [(f"stack/prefix_{n}", block, 1, 1.0) for n, block in enumerate(self.stack.prefix)] \
+            + [(f"stack/pattern_{n}", block, self.stack.repeats, 1.0) for n, block in enumerate(self.stack.pattern)]
 
 
 def positions_after(start: Array, reset: Array, weights: Array) -> Array:

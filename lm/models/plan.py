@@ -34,30 +34,34 @@ def rows(model: DecoderLM, seq_len: int) -> list[Row]:
     """A row for each layer name, then norms, embedding and head, and all."""
     D, sizes = model.embed_dim, _sizes(model)
     found: dict[str, Row] = {}
-    blocks = [(f"prefix_{n}", block, 1) for n, block in enumerate(model.stack.prefix)]
-    blocks += [(f"pattern_{k}", block, model.stack.repeats) for k, block in enumerate(model.stack.pattern)]
-    for place, block, repeats in blocks:
+    for place, block, repeats, loops in model.blocks():
         for name, layer in zip(block.names, block.layers, strict=True):
-            total = sizes.pop(f"stack/{place}/{name}", 0)
+            total = sizes.pop(f"{place}/{name}", 0)
             active = repeats * layer.active_params(D) if hasattr(layer, "active_params") else total
+            name = name if loops == 1 else f"{name}, x {loops:.4g}"
             before = found.get(name, Row(name, 0, 0, 0, 0, 0.0))
-            flops = before.flops + repeats * layer.flops_per_token(D, seq_len)
+            flops = before.flops + repeats * loops * layer.flops_per_token(D, seq_len)
             found[name] = Row(name, before.count + repeats, before.total + total, before.active + active,
                               getattr(layer, "granularity", 1), flops)
     head = model.padded_vocab * D
     tables = sum(sizes.pop(name, 0) for name in ("embed", "head", "position"))
+    if "adapter" in sizes:
+        size, loops = sizes.pop("adapter"), max(loops for *_, loops in model.blocks())
+        found["adapter"] = Row(f"adapter, x {loops:.4g}", 1, size, size, 1, 2.0 * loops * size)
     out = [*found.values(), Row("norms", 0, sum(sizes.values()), sum(sizes.values()), 0, 0.0),
            Row("embedding, head", 0, tables, head + (0 if model.tie_embeddings else D), 0, 2.0 * head)]
-    return [*out, Row("all", model.stack.num_layers, *(sum(row[i] for row in out) for i in (2, 3)), 0,
+    layers = sum(repeats for _, _, repeats, _ in model.blocks())
+    return [*out, Row("all", layers, *(sum(row[i] for row in out) for i in (2, 3)), 0,
                       model.flops_per_token(seq_len))]
 
 
 def _sizes(model: DecoderLM) -> dict[str, int]:
-    """Parameters of each layer (`stack/<block>/<layer>`) and of everything else by its first name."""
+    """Parameters of each layer (`<name of the block>/<layer>`) and of everything else by its first name."""
+    blocks = {name for name, *_ in model.blocks()}
     sizes: dict[str, int] = {}
     for name, leaf in named_leaves({"params": nn.meta.unbox(abstract_params(model))["params"]}).items():
         parts = name.split("/")
-        key = "/".join(parts[:3]) if parts[0] == "stack" else parts[0]
+        key = "/".join(parts[:3]) if "/".join(parts[:2]) in blocks else parts[0]
         sizes[key] = sizes.get(key, 0) + leaf.size
     return sizes
 

@@ -20,6 +20,9 @@ def init_states(model: DecoderLM) -> dict[str, Any]:
 
     Raises ValueError for a model without recurrent layers.
     """
+    if type(model) is not DecoderLM:
+        raise ValueError("train.state_tuning trains one initial state a layer, and the core of model.recurrent_depth "
+                         "has one for each iteration; use train.lora_rank to adapt this model")
     stack = model.stack
     repeated = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (stack.repeats, *a.shape)), tree)
     blocks = {f"prefix_{n}": _of_block(block, model.embed_dim) for n, block in enumerate(stack.prefix)}

@@ -1,0 +1,201 @@
+"""Recurrent depth: a decoder whose middle blocks are run r times (Geiping et al. 2025, arXiv:2502.05171, Huginn).
+
+    e = prelude(sqrt(D) embed[x]),  s_0 random,  s_i = core(adapter [s_{i-1}; e]),  p = head norm coda(norm s_r)
+
+r is drawn at each training step, and at will otherwise. Shape legend: B batch, T time, D embed_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.core.head import logits_of
+from lm.core.recurrences import DEPTH
+from lm.core.sharding import constrain
+from lm.core.types import Array, Aux, Context, Head, Mean, State
+from lm.layers.block import Block
+from lm.layers.linear import Dense
+from lm.layers.stack import REMAT, Stack, StackState, merge
+from lm.models.decoder import DecoderLM, DecoderState
+from lm.models.depth_draws import draw_iterations, mean_iterations, random_state
+from lm.models.depth_loop import Core, exit_loop, fixed_loop, slots, train_loop
+from lm.models.depth_options import RecurrentDepthOptions
+
+PRELUDE, CORE, CODA, ITERATIONS, STATE = range(5)  # what the key is folded by
+ADAPTER_AXES = ("mlp", "embed")
+STEPS = "depth/steps"
+
+
+class DepthState(NamedTuple):
+    """prelude, coda: states of their blocks. core: a ring of states of the core's, arrays [m, R, B, ...]. latent:
+    [B, D], s_r of the last token."""
+
+    prelude: State
+    core: State
+    coda: State
+    latent: Array
+
+
+class RecurrentDepthLM(DecoderLM):
+    """`DecoderLM` with `stack` as its core, between `prelude` and `coda`.
+
+    final_norm is one norm for two places, before the coda and before the head. Where `apply` is given a key (training),
+    the iterations and the first states are drawn from it; else the iterations are those of the variables' collection
+    `depth` (see `lm.core.recurrences`) or of the options, and the first states a function of the position alone.
+    """
+
+    prelude: Stack = None
+    coda: Stack = None
+    depth: RecurrentDepthOptions = None
+
+    def initial_state(self, batch_size: int, *, capacity: int = 0) -> DecoderState:
+        """State before the first token. Without room to go on (`capacity` 0) there is one state for all iterations."""
+        dtype = jnp.dtype(self.dtype)
+        make = lambda stack: stack.initial_state(batch_size, self.embed_dim, dtype, capacity=capacity)
+        m = self.depth.slots if capacity else 1
+        ring = jax.tree.map(lambda a: jnp.broadcast_to(a, (m, *a.shape)), make(self.stack).pattern)
+        latent = jnp.zeros((batch_size, self.embed_dim), dtype)
+        return DecoderState(jnp.zeros((batch_size,), jnp.int32),
+                            DepthState(make(self.prelude), ring, make(self.coda), latent))
+
+    def blocks(self) -> list[tuple[str, Block, int, float]]:
+        """As of any decoder; the core's are run as often as training does on average."""
+        loops = mean_iterations(self.depth.mean, self.depth.sigma)
+        return [(f"prelude/prefix_{n}", block, 1, 1.0) for n, block in enumerate(self.prelude.prefix)] \
+            + [(f"stack/pattern_{n}", block, self.stack.repeats, loops) for n, block in enumerate(self.stack.pattern)] \
+            + [(f"coda/prefix_{n}", block, 1, 1.0) for n, block in enumerate(self.coda.prefix)]
+
+    def flops_per_token(self, seq_len: int, iterations: float | None = None) -> float:
+        """Forward FLOPs a token with so many iterations, by default the mean of training."""
+        if iterations is None:
+            iterations = mean_iterations(self.depth.mean, self.depth.sigma)
+        once = sum(stack.flops_per_token(self.embed_dim, seq_len) for stack in (self.prelude, self.coda))
+        core = self.stack.flops_per_token(self.embed_dim, seq_len) + 4.0 * self.embed_dim**2
+        return once + iterations * core + 2.0 * self.embed_dim * self.padded_vocab
+
+    def passes(self, seq_len: int) -> float:
+        """What a training step costs in forward passes: the backward pass goes through `backprop` iterations only."""
+        heard = mean_iterations(self.depth.mean, self.depth.sigma, self.depth.backprop)
+        return 1.0 + 2.0 * self.flops_per_token(seq_len, heard) / self.flops_per_token(seq_len)
+
+    def layers(self, x: Array, state: DepthState, ctx: Context,
+               head: Callable[[Array], tuple[Array, Head]]) -> tuple[Array, State, Aux]:
+        """From the embedded input to normed hidden states."""
+        if self.depth.scale_embeddings:
+            x = x * jnp.asarray(self.embed_dim**0.5, x.dtype)
+        e, prelude, before = self.prelude(x, state.prelude, folded(ctx, PRELUDE))
+        s = self._first(state.latent, e, ctx)
+        looped, ring, inner = self._loop(s, e, state, ctx, head)
+        s = constrain(looped, "batch", "length", "activation_embed")
+        hidden, coda, after = self.coda(self.final_norm(s), state.coda, folded(ctx, CODA))
+        aux = merge([without_tally(a) for a in (before, inner, after)])
+        tally = {name: a["tally"] for name, a in (("prelude", before), ("stack", inner), ("coda", after))
+                 if "tally" in a} | inner.get("depth", {})
+        aux = {**aux, **({STEPS: inner[STEPS]} if STEPS in inner else {}), **({"tally": tally} if tally else {})}
+        return self.final_norm(hidden), DepthState(prelude, ring, coda, last_of(s, state.latent, ctx)), aux
+
+    def _first(self, latent: Array, e: Array, ctx: Context) -> Array:
+        """s_0: [B, T, D]."""
+        key = jax.random.key(0) if ctx.key is None else jax.random.fold_in(ctx.key, STATE)
+        s = random_state(key, ctx.positions, self.embed_dim, self.depth.state_std, e.dtype,
+                         by_row=ctx.key is not None)
+        if self.depth.warm_start and e.shape[1] == 1:
+            s = jnp.where((ctx.positions == 0)[..., None], s, latent[:, None].astype(s.dtype))
+        return constrain(s, "batch", "length", "activation_embed")
+
+    def _loop(self, s: Array, e: Array, state: DepthState, ctx: Context, head: Any) -> tuple[Array, State, Aux]:
+        """s_r, the ring after it, and what there is to report."""
+        if self.is_initializing():  # the parameters are made outside of any loop
+            z = Dense(self.embed_dim, ADAPTER_AXES, name="adapter")(jnp.concatenate([s, e], axis=-1))
+            return self.stack(z, StackState((), jax.tree.map(lambda a: a[0], state.core)), ctx)[0], state.core, {}
+        core, variables = self._core(ctx)
+        if ctx.key is not None:
+            r = draw_iterations(jax.random.fold_in(ctx.key, ITERATIONS), self.depth.mean, self.depth.sigma)
+            found = train_loop(core, variables, s, e, state.core, constrain(r), self.depth.backprop)
+            depth = {"recurrences": Mean(r.astype(jnp.float32), jnp.float32(1)),
+                     "change": Mean(found.change, jnp.float32(1)),
+                     "cosine": Mean(mean_cosine(found.s, ctx.weights), jnp.float32(1))}
+            return found.s, found.ring, {**found.aux, "depth": {"depth": depth}}
+        said = self.variables.get(DEPTH, {})
+        r, threshold = said.get("recurrences", self.depth.iterations), said.get("exit_kl", self.depth.exit_kl)
+        if threshold is None:
+            found = fixed_loop(core, variables, s, e, state.core, r)
+            return found.s, found.ring, {}
+        predict, divergence = self._prediction(state.coda, ctx, head)
+        found = exit_loop(core, predict, divergence, variables, s, e, state.core, r, threshold=threshold,
+                          present=ctx.weights != 0)
+        return found.s, found.ring, {STEPS: found.steps[None]}
+
+    def _core(self, ctx: Context) -> tuple[Core, Any]:
+        """One iteration as a function of arrays alone, which loops of JAX can call, and its variables."""
+        adapter, stack = Dense(self.embed_dim, ADAPTER_AXES, parent=None), free(self.stack)
+
+        def core(variables, s, e, state, i):
+            z = adapter.apply(variables[0], jnp.concatenate([s, e], axis=-1))
+            z, after, aux = stack.apply(variables[1], z, StackState((), state), folded(folded(ctx, CORE), i))
+            return z, after.pattern, aux
+
+        if REMAT[self.stack.remat] is not None:
+            # Of an iteration only s is kept. The blocks inside are not cut up further.
+            stack = stack.clone(remat="none")
+            core = jax.checkpoint(core, prevent_cse=False, policy=REMAT[self.stack.remat])
+        return core, (own(self.variables, "adapter"), own(self.variables, "stack"))
+
+    def _prediction(self, state: State, ctx: Context, head: Any) -> tuple[Callable, Callable]:
+        """`predict` and `divergence` of `exit_loop`: hidden states, and KL(before || now) of what they predict."""
+        norm, coda = free(self.final_norm), free(self.coda)
+        norms, codas = own(self.variables, "final_norm"), own(self.variables, "coda")
+
+        def predict(s):
+            return norm.apply(norms, coda.apply(codas, norm.apply(norms, s), state, folded(ctx, CODA))[0])
+
+        def divergence(before, now):
+            return kl(*(logits_of(*head(hidden)) for hidden in (before, now)))
+
+        return predict, divergence
+
+
+def kl(before: Array, now: Array) -> Array:
+    """KL(softmax(before) || softmax(now)) over the last axis, in nats, never below 0."""
+    p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(now)
+    return jnp.maximum(jnp.sum(jnp.where(jnp.isneginf(before), 0, jnp.exp(p) * (p - q)), axis=-1), 0)
+
+
+def mean_cosine(s: Array, weights: Array) -> Array:
+    """Mean cosine between the states [B, T, D] of any two tokens that are no padding, without gradient: 1 is a
+    collapse. By |sum u|^2 = n + sum over pairs of u v."""
+    s = jax.lax.stop_gradient(s).astype(jnp.float32)
+    present = (weights != 0)[..., None]
+    unit = jnp.where(present, s * jax.lax.rsqrt(jnp.sum(jnp.square(s), -1, keepdims=True) + 1e-12), 0)
+    n = jnp.sum(present, dtype=jnp.float32)
+    return (jnp.sum(jnp.square(jnp.sum(unit, axis=(0, 1)))) - n) / jnp.maximum(n * (n - 1), 1)
+
+
+def last_of(s: Array, before: Array, ctx: Context) -> Array:
+    """[B, D]: the state of each row's last token that is no padding; `before` where there is none."""
+    place = jnp.max(jnp.where(ctx.weights != 0, jnp.arange(s.shape[1]), -1), axis=1)
+    found = jnp.take_along_axis(s, jnp.maximum(place, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((place >= 0)[:, None], found, before.astype(s.dtype)).astype(before.dtype)
+
+
+def folded(ctx: Context, by: Any) -> Context:
+    """The context with a key of its own."""
+    return ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, by))
+
+
+def free(module: nn.Module) -> nn.Module:
+    """The module bound to nothing."""
+    return module.clone(parent=None, name=None)
+
+
+def own(variables: Any, name: str) -> dict[str, Any]:
+    """The variables of the part of this name, collection by collection."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
+def without_tally(aux: Aux) -> Aux:
+    """What of a report has an axis over layers."""
+    return {name: value for name, value in aux.items() if name not in ("tally", "depth", STEPS)}
