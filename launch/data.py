@@ -8,7 +8,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch import data_chat
+
 ACTIONS = ("prepare", "show")
+KINDS = ("text", "chat")
 
 # Flag, field of the data group, type, help.
 _FIELDS = (
@@ -31,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, help=words)
     parser.add_argument("--tokenizer", help="bytes, or KIND:PATH with KIND tokenizers, sentencepiece, tiktoken or "
                                             "rwkv_world, or a JSON object")
+    parser.add_argument("--kind", default="text", help="prepare: text, or chat (jsonl or parquet of messages)")
     parser.add_argument("--out", metavar="DIR", help="prepare: the new folder")
     parser.add_argument("--workers", type=int, default=0, help="prepare: processes that tokenize (default: this one)")
     parser.add_argument("--split", default="train", help="show: train or validation")
@@ -38,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-row", type=int, default=0, help="show: number of the first row")
     parser.add_argument("--seq-len", type=int, help="show: tokens a row (default: train.seq_len of --config, else 128)")
     parser.add_argument("--seed", type=int, help="show: training seed (default: train.seed of --config, else 0)")
+    data_chat.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,6 +89,7 @@ def _data_group(args: argparse.Namespace) -> tuple[dict[str, Any], Mapping[str, 
 
 
 def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
+    from lm.core.fields import check_known
     from lm.data.corpora import load_tokenizer
     from lm.data.options import data_options
     from lm.data.prepare import prepare
@@ -91,6 +97,9 @@ def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
         raise ValueError("lm data prepare needs --out DIR, a folder that does not exist yet")
     if args.source is None and args.config is None:
         raise ValueError("lm data prepare needs --source (text, jsonl, parquet, sotu, pydoc), or --config FILE")
+    check_known([args.kind], KINDS, "lm data prepare", "kind")
+    if args.kind != "chat" and (given_chat := data_chat.given_options(args)):
+        raise ValueError(f"--{next(iter(given_chat)).replace('_', '-')} belongs to --kind chat")
     if args.workers < 0 or args.workers > 4 * (os.cpu_count() or 1):
         raise ValueError(f"--workers must be 0 to {4 * (os.cpu_count() or 1)} on this machine; got {args.workers}")
     options = data_options(given)
@@ -101,6 +110,10 @@ def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
     source = next(iter(parts.values()))
     if source.kind == "array_record":
         raise ValueError("the source is prepared already (array_record); name the text it was made from")
+    if args.kind == "chat":
+        if args.workers:
+            raise ValueError("--workers tokenize texts; chats are prepared in one process; leave it out")
+        return data_chat.prepare_chat(source, load_tokenizer(options), options, args)
     begin = time.monotonic()
     manifest = prepare(source, load_tokenizer(options), args.out, workers=args.workers,
                        validation_fraction=options.validation_fraction, split_seed=options.split_seed)

@@ -78,7 +78,7 @@ class Prepared:
         from lm.train.loop import Experiment
         data = configs.options(self.config, "data")
         evaluation = Evaluation(self, workdir)
-        bytes_per_token = self.train_set.num_bytes / self.train_set.num_targets if self.train_set.num_bytes else None
+        bytes_per_token = self.train_set.bytes_per_target if self.train_set.num_bytes else None
 
         def batches(start, index, count):
             return iterate(self.train_set, start, process_index=index, process_count=count,

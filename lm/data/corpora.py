@@ -74,6 +74,21 @@ def _load(name: str, source: SourceOptions, options: DataOptions, tokenizer: Tok
     return corpus
 
 
+def usable_documents(corpus: Corpus, source: SourceOptions) -> np.ndarray:
+    """Numbers of the documents that hold something, and are of the group that the source names."""
+    usable = corpus.table.num_tokens > 0
+    return np.flatnonzero(usable & corpus.in_group(source.group) if source.group is not None else usable)
+
+
+def weigh_documents(parts: list[Part]) -> None:
+    """Makes every training document count the same: its tokens get the weight mean targets / targets of it. (Documents
+    held out of the same corpus get such weights too; what is evaluated weighs as what is trained.)"""
+    counts = np.concatenate([part.corpus.num_targets[part.documents] for part in parts])
+    mean = counts[counts > 0].mean()
+    for part in parts:
+        part.corpus.weights = (mean / np.maximum(part.corpus.num_targets, 1)).astype(np.float32)
+
+
 def load_corpora(options: DataOptions | Mapping, tokenizer: Tokenizer | None = None) -> Corpora:
     """Reads, tokenises and divides every source once; hand the result to `build_dataset` for each split."""
     options = data_options(options)
@@ -88,7 +103,7 @@ def load_corpora(options: DataOptions | Mapping, tokenizer: Tokenizer | None = N
     for name, source in sorted(options.parts().items()):
         corpus = _load(name, source, options, tokenizer)
         # Documents that tokenise to nothing in prepared data have no row to stand in.
-        usable = np.flatnonzero(corpus.table.num_tokens > 0)
+        usable = usable_documents(corpus, source)
         fraction = 0.0 if separate else _fraction(options, source, name)
         try:
             held = validation_mask(corpus.table.content[usable], fraction, options.split_seed)
@@ -99,5 +114,7 @@ def load_corpora(options: DataOptions | Mapping, tokenizer: Tokenizer | None = N
             validation[name] = Part(corpus, usable[held], source.weight)
     for name, source in separate.items():
         corpus = _load(name, source, options, tokenizer)
-        validation[name] = Part(corpus, np.flatnonzero(corpus.table.num_tokens > 0), source.weight)
+        validation[name] = Part(corpus, usable_documents(corpus, source), source.weight)
+    if options.weigh == "documents":
+        weigh_documents([*train.values()])
     return Corpora(train, validation, tokenizer)

@@ -32,7 +32,13 @@ class Corpus:
     """Documents of one source. Subclasses read; this holds what plans and accounts are made from.
 
     inputs, streams: [N] int64, tokens that a document feeds to the model, and those plus eos.
+    num_targets: [N] int64, tokens of a document that are to be learned. target_bytes: [N] int64, UTF-8 bytes of these.
+    weights: [N] float32 that multiplies the loss weights of a document, or None for 1.
+    whole: whether a document that is cut is of no use.
     """
+
+    weights: np.ndarray | None = None
+    whole = False
 
     def __init__(self, table: DocumentTable, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> None:
         for wanted, name in ((add_bos, "bos"), (add_eos, "eos")):
@@ -45,11 +51,13 @@ class Corpus:
         self.eos = tokenizer.eos_id if add_eos else None
         self.inputs = table.num_tokens + int(add_bos)
         self.streams = self.inputs + int(add_eos)
+        self.num_targets, self.target_bytes = self.streams - 1, table.num_bytes
         self.fingerprint = digest(table.content, table.num_tokens, tokenizer.fingerprint, self.bos, self.eos)
 
     def gather(self, document: np.ndarray, start: np.ndarray, length: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inputs, targets, whether the target exists), each [sum(length)], of pieces one after the other."""
+        """(inputs, targets, whether the target exists and is to be learned), each [sum(length)], of pieces one after
+        the other."""
         raise AssertionError(f"{type(self).__name__} does not say how its tokens are read")
 
     def blocks(self, documents: np.ndarray, size: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -73,7 +81,7 @@ class MemoryCorpus(Corpus):
         head = [np.array([tokenizer.bos_id], dtype)] if add_bos and tokenizer.bos_id is not None else []
         tail = [np.array([tokenizer.eos_id], dtype)] if add_eos and tokenizer.eos_id is not None else []
         arrays, rows = [], []
-        for ids, num_bytes, content in documents:
+        for ids, num_bytes, content, *_ in documents:
             if len(ids):
                 arrays += [*head, ids.astype(dtype, copy=False), *tail]
                 rows.append((len(ids), num_bytes, int(sizes[ids].sum()), content))

@@ -20,11 +20,19 @@ _SLOW_SECONDS = 5.0
 
 
 class Encoded(NamedTuple):
-    """One document: token ids without bos and eos, length in UTF-8 bytes, and a 64-bit hash of the text."""
+    """One document: token ids without bos and eos, length in UTF-8 bytes, and a 64-bit hash of the text; of a chat also
+    which tokens are to be learned, bool, and the number of its group."""
 
     ids: np.ndarray
     num_bytes: int
     content: int
+    response: np.ndarray | None = None
+    group: int = 0
+
+
+def content_hash(data: bytes) -> int:
+    """The 64-bit hash that decides the side of a document."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -43,8 +51,7 @@ def _encode_block(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
     out = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         data = text.encode("utf-8")
-        content = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        out.append(Encoded(ids, len(data), content))
+        out.append(Encoded(ids, len(data), content_hash(data)))
     return out
 
 

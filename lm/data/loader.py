@@ -14,7 +14,7 @@ from lm.core.batch import Batch
 from lm.core.fields import check_known
 from lm.core.goldfish import Goldfish
 from lm.data.batches import MaskedReader, StepBatches
-from lm.data.corpora import Corpora, load_corpora
+from lm.data.corpora import Corpora, Part, load_corpora
 from lm.data.hashing import digest, fold
 from lm.data.lanes import LANES
 from lm.data.mixture import choose, proportions
@@ -52,7 +52,8 @@ class TokenDataset(StepBatches):
 
     tokenizer, split, batch_size, seq_len: as given.
     num_rows_per_epoch: rows that hold every token of every source once.
-    num_documents, num_tokens (with bos and eos), num_targets, num_bytes (UTF-8): counts of the split.
+    num_documents, num_tokens (with bos and eos), num_targets (tokens to be learned), num_bytes (UTF-8): counts of the
+      split. bytes_per_target: mean UTF-8 bytes of a target.
     packing_efficiency: share of positions that are not padding, over the mixture as it is sampled.
     token_bytes: [vocab_size] float64, UTF-8 bytes that a target stands for, scaled so that they add up to num_bytes
       over the split; bits per byte is sum(weights * bits) / sum(weights * token_bytes[targets]).
@@ -82,14 +83,16 @@ class TokenDataset(StepBatches):
         self.packing_efficiency = float(sum(shares * [s.packing_efficiency for s in sources]))
         self.num_documents = sum(len(p.documents) for p in parts.values())
         self.num_tokens = sum(int(p.corpus.streams[p.documents].sum()) for p in parts.values())
-        self.num_targets = self.num_tokens - self.num_documents
+        self.num_targets = sum(int(p.corpus.num_targets[p.documents].sum()) for p in parts.values())
         self.num_bytes = sum(int(p.corpus.table.num_bytes[p.documents].sum()) for p in parts.values())
+        learned = sum(int(p.corpus.target_bytes[p.documents].sum()) for p in parts.values())
+        self.bytes_per_target = learned / max(self.num_targets, 1)
         counted = sum(int(p.corpus.table.token_bytes[p.documents].sum()) for p in parts.values())
         self.token_bytes = self.tokenizer.token_bytes * (self.num_bytes / max(counted, 1))
         self.fingerprint = digest(
             [[keys[name], p.corpus.fingerprint, digest(p.documents), p.weight] for name, p in parts.items()],
             [split, seed, batch_size, seq_len, options.packing, options.packing_window, options.shuffle,
-             options.mixture])
+             options.mixture, *(["documents"] if options.weigh == "documents" else [])])
 
     def eval_batches(self, limit: int | None = None, process_index: int = 0,
                      process_count: int = 1) -> Iterator[Batch]:
@@ -123,6 +126,7 @@ class TokenDataset(StepBatches):
             "vocab_size": self.tokenizer.vocab_size, "fingerprint": self.fingerprint,
             "sources": {s.name: {
                 "documents": len(s.part.documents), "tokens": int(s.part.corpus.streams[s.part.documents].sum()),
+                "targets": int(s.part.corpus.num_targets[s.part.documents].sum()),
                 "rows_per_epoch": s.num_rows, "share_of_rows": round(float(share), 6),
                 "packing_efficiency": round(s.packing_efficiency, 6),
             } for s, share in zip(self.reader.sources, shares, strict=True)},
@@ -163,11 +167,24 @@ def _build(options: DataOptions, tokenizer: Tokenizer | None, split: str, seed: 
     for name, task in parts.items():
         if isinstance(task, tuple(TASKS.values())):
             return SyntheticDataset(name, task, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
+    if options.packing in ("first_fit", "single"):
+        check_whole(parts, seq_len)
     inputs = sum(int(p.corpus.inputs[p.documents].sum()) for p in parts.values())
     if split == "train" and seq_len > inputs:
         raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to "
                          f"at most {inputs}, or give more data")
     return TokenDataset(corpora, options, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
+
+
+def check_whole(parts: Mapping[str, Part], seq_len: int) -> None:
+    """Raises ValueError where a row would cut a chat: the rest would be learned without what it answers."""
+    for name, part in parts.items():
+        lengths = part.corpus.inputs[part.documents]
+        longer = int((lengths > seq_len).sum())
+        if part.corpus.whole and longer:
+            raise ValueError(f"source {name!r}: {longer:,} of {len(lengths):,} chats are longer than seq_len {seq_len} "
+                             f"(up to {lengths.max():,} tokens); set train.seq_len higher, prepare them with "
+                             f"--max-tokens {seq_len}, or let rows cut them with data.packing='concat'")
 
 
 class _Steps:

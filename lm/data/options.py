@@ -28,6 +28,7 @@ class SourceOptions:
     separator: str | None = option(None, "string that divides a text into documents, such as a blank line; dropped")
     max_document_chars: int | None = option(None, "longer texts are cut, at a line end where there is one, into "
                                                   "documents of at most this many characters")
+    group: str | None = option(None, "the chats of one group of a prepared folder, see `lm data prepare --group-by`")
     task: dict = option({}, "fields of the made rows of that source, see docs/data.md")
     weight: float = option(1.0, "share of this source in a mixture, relative to the others")
 
@@ -46,6 +47,9 @@ class SourceOptions:
                              f"{len(self.texts)} texts with source={kind!r}")
         if kind == "array_record" and (self.separator or self.max_document_chars):
             raise ValueError(f"{where}: separator and max_document_chars act on text; give them to `lm data prepare`")
+        if self.group is not None and kind != "array_record":
+            raise ValueError(f"{where}.group names a group of chats in a prepared folder (source='array_record'); got "
+                             f"source={kind!r}")
         if self.separator == "":
             raise ValueError(f"{where}.separator must not be empty; None keeps a text whole")
         if self.max_document_chars is not None and self.max_document_chars < 1:
@@ -83,6 +87,8 @@ class DataOptions(SourceOptions):
     sources: dict = option(
         {}, "a mixture: name -> dict(source=..., path=..., weight=...); excludes `source`")
     mixture: str = option("tokens", "what the weights of a mixture count: tokens or documents")
+    weigh: str = option("tokens", "what counts the same in the loss: tokens, or documents (each token then has the "
+                                  "weight mean length / length of its document)")
     validation: dict = option(
         {}, "a source of its own for validation, dict(source=..., path=...); nothing is then held out of training")
     validation_fraction: float | None = option(None, "share of documents held out, chosen by a hash of their content; "
@@ -109,6 +115,7 @@ class DataOptions(SourceOptions):
         super().check(where)
         check_known([self.packing], (*PACKINGS, LANES), f"{where}.packing", "way")
         check_known([self.mixture], ("tokens", "documents"), f"{where}.mixture", "unit")
+        check_known([self.weigh], ("tokens", "documents"), f"{where}.weigh", "unit")
         if self.sources and (self.source or self.path or self.texts):
             raise ValueError(f"{where} gives both source and sources; move {self.kind!r} into sources, or drop sources")
         if self.packing == LANES and (len(self.sources) > 1 or self.packing_window is not None):

@@ -40,7 +40,7 @@ def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpu
     batch.positions[np.asarray(rows)] = np.arange(seq_len, dtype=np.int32) - filled[:, None]
     flat.tokens[at] = inputs
     flat.targets[at] = np.where(known, targets, 0)
-    flat.weights[at] = known
+    flat.weights[at] = known if corpus.weights is None else known * np.repeat(corpus.weights[document], length)
     flat.segment_ids[at] = np.repeat(np.arange(len(length)) - np.repeat(first, counts) + 1, length)
     flat.positions[at] = position + np.repeat(begin, length)
 
