@@ -1,6 +1,7 @@
 """The layers that a config may name, by the `kind` of an entry of `model`. To add one: its file, and its line here."""
 
 from lm.layers.attention import Attention
+from lm.layers.bswa import BSWA
 from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
@@ -14,6 +15,7 @@ from lm.layers.rwkv7 import RWKV7
 
 LAYERS = {
     "attention": Attention,
+    "bswa": BSWA,
     "channel_mix": ChannelMix,
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,

@@ -4,6 +4,7 @@ A row is (id, layer). Every layer of `lm.layers.LAYERS` must have at least one r
 """
 
 from lm.layers.attention import Attention
+from lm.layers.bswa import BSWA
 from lm.layers.channel_mix import ChannelMix
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
@@ -18,7 +19,8 @@ from lm.layers.rwkv7 import RWKV7
 EMBED_DIM = 32
 
 # Under `-m slow`: variants that share almost all of their code with another row, and of expert layers all but one.
-SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "channel_mix_5", "channel_mix_6",
+SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "bswa_grouped", "bswa_without_memory",
+        "channel_mix_5", "channel_mix_6",
         "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "moe_expert", "moe_swiglu",
         "moe_token", "peer_batch_gelu", "peer_l2_sigmoid", "peer_none_geglu", "pkm", "rwkv4_wide", "rwkv5", "rwkv6"}
 
@@ -27,6 +29,9 @@ ROWS = [
     ("attention_grouped", Attention(num_heads=4, num_kv_heads=2, qk_norm=True, use_bias=True)),
     ("attention_window", Attention(num_heads=4, window=5)),
     ("attention_without_rope", Attention(num_heads=2, head_dim=6, rope_theta=None)),
+    ("bswa", BSWA(num_heads=4, block=4, memory=1)),
+    ("bswa_grouped", BSWA(num_heads=4, num_kv_heads=2, block=3, memory=2, same_reach=True, stop_gradient=True)),
+    ("bswa_without_memory", BSWA(num_heads=2, block=5, memory=0)),
     ("channel_mix_4", ChannelMix()),
     ("channel_mix_5", ChannelMix(version=5)),
     ("channel_mix_6", ChannelMix(version=6)),
