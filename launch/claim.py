@@ -89,7 +89,8 @@ def run(claim: Any, args: argparse.Namespace) -> int:
     cells = claim.cells(args.full)
     check_known([cell.measure for cell in cells], ["train", *MEASURES], f"grid() of {claim.path.name}", "measure")
     resolved = {cell.name: configs.resolve(claim.module.get_config(), cell.overrides) for cell in cells}
-    hashes = {name: configs.config_hash(config) for name, config in resolved.items()}
+    hashes = {cell.name: configs.config_hash({"config": resolved[cell.name].to_dict(), "then": list(cell.then)}
+                                             if cell.then else resolved[cell.name]) for cell in cells}
     begun = store.check_grid(workdir, claim.name, hashes, args.full)
     if begun is None:
         begun = {"claim": claim.name, "full": args.full, "run": secrets.token_hex(4),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launch.claim_cell import CONFIG_FILE, VALUES_FILE
+from launch.claim_cell import CONFIG_FILE, STAGES_FILE, VALUES_FILE
 from launch.huge_pages import environment as with_huge_pages
 from lm.claims.definition import Cell
 from lm.claims.store import add_attempt, cell_folder, read_cell
@@ -57,6 +57,8 @@ def start(workdir: pathlib.Path, cell: Cell, config_text: str, environ: Mapping[
     folder = cell_folder(workdir, cell.name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(config_text)
+    if cell.then:
+        (folder / STAGES_FILE).write_text(json.dumps(cell.then, indent=1) + "\n")
     (folder / VALUES_FILE).unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as file:
         process = subprocess.Popen([*COMMAND, str(folder.absolute()), cell.measure], stdin=subprocess.DEVNULL,

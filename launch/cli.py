@@ -23,6 +23,7 @@ COMMANDS = {
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
     "plan": ("launch.plan", "parameters in all and active, and FLOPs a token, of a config's layers"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
+    "grow": ("launch.grow", "more experts for a trained PEER run, as a new run that computes the same"),
     "data": ("launch.data", "prepare text for training, or show packed rows"),
     "analyze": ("launch.analyze", "what a trained model does inside: decays, and where a fact is"),
     "bench": ("launch.bench", "measure speed and memory"),

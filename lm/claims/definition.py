@@ -15,20 +15,23 @@ NOT_CLAIMS = ("__init__", "base")
 MIN_SEEDS = 3
 TITLES = ("Claim", "Command", "Hardware", "Expected")
 # What an entry of `grid()` may say: type, and what counts where it is not given.
-ENTRY = {"arm": (str, None), "seed": (int, None), "set": (dict, {}), "measure": (str, "train"), "alone": (bool, False)}
+ENTRY = {"arm": (str, None), "seed": (int, None), "set": (dict, {}), "measure": (str, "train"), "alone": (bool, False),
+         "then": (list, [])}
+STAGE = {"set": dict, "grow": dict, "evaluate": dict}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One run of the grid. arm: what is compared. seed: of `train.seed`. overrides: (path, value) over the claim's
     config. measure: "train" runs the train loop, other names are those of `lm.claims.measures`. alone: no other cell
-    runs at the same time, for timings."""
+    runs at the same time, for timings. then: what is trained after that, see `launch/claim_stages.py`."""
 
     arm: str
     seed: int
     overrides: tuple[tuple[str, Any], ...]
     measure: str = "train"
     alone: bool = False
+    then: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,8 +86,12 @@ def _cell(entry: Any, where: str) -> Cell:
             raise ValueError(f"{where}: {name} must be {kind.__name__}; got {given[name]!r}") from None
     if "/" in given["arm"] or not given["arm"]:
         raise ValueError(f"{where}: arm={given['arm']!r} names a folder; it must not be empty or hold '/'")
+    for n, stage in enumerate(given["then"]):
+        check_known(stage, STAGE, f"{where}, then[{n}]", "key")
+    if given["then"] and given["measure"] != "train":
+        raise ValueError(f"{where}: then= is for cells that train; this one measures {given['measure']!r}")
     overrides = (*given["set"].items(), ("train.seed", given["seed"]))
-    return Cell(given["arm"], given["seed"], overrides, given["measure"], given["alone"])
+    return Cell(given["arm"], given["seed"], overrides, given["measure"], given["alone"], tuple(given["then"]))
 
 
 def names(folder: pathlib.Path) -> list[str]:
