@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from launch import adapters
+from launch import adapters, preference
 from launch.config_files import ABSENT, CONFIG_FILE, config_hash, diff, from_json, read, to_json
 from launch.config_groups import GROUPS, option_class, resolve_group
 from launch.config_overrides import apply_overrides, flatten
@@ -79,6 +79,7 @@ def check(config: ConfigDict, num_devices: int | None = None) -> None:
     if config.checkpoint.keep_best:
         _check_best_metric(config)
     adapters.check(options(config, "train"), options(config, "data"))
+    preference.check(config, options(config, "data"), options(config, "train"))
     longest = config.model.get("max_positions")
     if longest is not None and config.train.seq_len > longest:
         raise ValueError(f"config.train.seq_len={config.train.seq_len} is longer than the table of positions, "

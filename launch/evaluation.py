@@ -8,12 +8,14 @@ import jax
 from etils import epath
 
 from launch import config as configs
+from launch.preference import objective_of
 from lm.core.types import Params
 from lm.data.loader import build_dataset
 from lm.data.ngram import fit_bigram
 from lm.eval.base import by_set, evaluate
 from lm.eval.options import VALIDATION
 from lm.eval.perplexity import Perplexity
+from lm.eval.preference import Preference
 from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
 from lm.models.build import make_apply
@@ -47,7 +49,10 @@ class Evaluation:
                       for name, dataset in datasets.items()}
         self._whole = {name: set_of(dataset, self._options.batches) for name, dataset in datasets.items()}
         place = functools.partial(to_device, mesh=prepared.mesh, index=index, count=count)
-        self._evaluators = [Perplexity(self._sets, place=place)] if datasets else []
+        objective = objective_of(prepared.config)
+        evaluator = Perplexity(self._sets, place=place) if objective is None else \
+            Preference(self._sets, objective.loss, place=place)
+        self._evaluators = [evaluator] if datasets else []
         # A prompt that cannot be continued is found now, not after an hour of training.
         for prompt in self._options.samples:
             ids = encode_prompt(prepared.corpora.tokenizer, prompt, add_bos=self._data.add_bos)

@@ -44,13 +44,14 @@ def main(args: argparse.Namespace) -> int:
             write_parameters(args.workdir, prepared)
             print(prepared.headline, flush=True)
 
+    from launch.preference import with_reference
     from lm.train.loop import Schedule, train
     evaluation = configs.options(config, "eval")
     with jax.set_mesh(prepared.mesh):
         return train(prepared.experiment(args.workdir), args.workdir, prepared.mesh, options=prepared.options,
                      checkpoint=configs.options(config, "checkpoint"), log=configs.options(config, "log"),
                      schedule=Schedule(evaluation.every, evaluation.final), profile=args.profile,
-                     start=prepared.start, begun=begun)
+                     start=lambda state: with_reference(config, prepared.start(state)), begun=begun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def prepare(config: Any) -> Prepared:
 
     from launch import adapters
     from launch import config as configs
+    from launch.preference import copy_of
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
     from lm.data.corpora import load_corpora
@@ -164,6 +166,7 @@ def prepare(config: Any) -> Prepared:
     carry = tuple
     if options.carry_state:
         carry = carried_state(model.initial_state, options.batch_size, options.microbatches)
+    carry = copy_of(config, options, boxed) or carry
     recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps), carry)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     data = f"{train_set.num_tokens:,} training tokens" if train_set.num_tokens else f"new rows of {train_set.name}"

@@ -9,7 +9,8 @@ from lm.data.lanes import LANES
 from lm.data.packing import PACKINGS
 from lm.data.synthetic import TASKS
 
-SOURCES = ("text", "jsonl", "parquet", "array_record", "memory", "sotu", "pydoc", *TASKS)
+PAIRS = "pairs"  # made by `lm data prepare --kind preference`
+SOURCES = ("text", "jsonl", "parquet", "array_record", PAIRS, "memory", "sotu", "pydoc", *TASKS)
 _WITHOUT_PATH = ("memory", "sotu", "pydoc", *TASKS)
 
 
@@ -17,7 +18,8 @@ _WITHOUT_PATH = ("memory", "sotu", "pydoc", *TASKS)
 class SourceOptions:
     """One source of documents: what `config.data` and every entry of `config.data.sources` take."""
 
-    source: str | None = option(None, "text, jsonl, parquet, array_record (made by `lm data prepare`), memory, sotu "
+    source: str | None = option(None, "text, jsonl, parquet, array_record (made by `lm data prepare`), pairs (made by "
+                                      "`lm data prepare --kind preference`), memory, sotu "
                                       "(speeches from the package of that name), pydoc (Python's own help topics), or "
                                       f"made rows: {', '.join(TASKS)}; None is sotu")
     path: str | tuple[str, ...] | None = option(None, "file, folder or glob, local or gs://; a tuple of them is read "
@@ -45,7 +47,7 @@ class SourceOptions:
         if (kind == "memory") != bool(self.texts):
             raise ValueError(f"{where}.texts holds the documents of source='memory', and of no other; got "
                              f"{len(self.texts)} texts with source={kind!r}")
-        if kind == "array_record" and (self.separator or self.max_document_chars):
+        if kind in ("array_record", PAIRS) and (self.separator or self.max_document_chars):
             raise ValueError(f"{where}: separator and max_document_chars act on text; give them to `lm data prepare`")
         if self.group is not None and kind != "array_record":
             raise ValueError(f"{where}.group names a group of chats in a prepared folder (source='array_record'); got "
@@ -103,6 +105,8 @@ class DataOptions(SourceOptions):
                                        "lanes does, and each row goes on where it ended in the batch before (for "
                                        "train.carry_state); single puts one document in a row (for "
                                        "train.state_tuning)")
+    mismatched: bool = option(False, "source pairs: put beside each pair its chosen response behind the prompt of "
+                                     "another pair, which the loss kto needs")
     packing_window: int | None = option(None, "documents (first_fit) or rows (concat) planned and shuffled together; "
                                               "None chooses from the lengths")
     shuffle: bool = option(True, "False keeps documents and rows in the order of the source")

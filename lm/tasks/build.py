@@ -16,9 +16,10 @@ from lm.core.types import Objective
 from lm.losses import LOSSES, REPORTED
 from lm.losses.base import Term
 from lm.losses.preference import PREFERENCE
+from lm.losses.preference.reference import REFERENCES
 from lm.tasks.goldfish import GOLDFISH, resolve_goldfish
 from lm.tasks.language_modeling import LanguageModeling
-from lm.tasks.preference import REFERENCES, PreferenceObjective
+from lm.tasks.preference import PreferenceObjective
 
 CHUNK, REFERENCE = "chunk", "reference"  # options that belong to the objective, not to a loss
 

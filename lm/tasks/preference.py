@@ -5,7 +5,6 @@ Shape legend: B rows, T time, G groups of a row; see `lm.losses.preference.respo
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,21 @@ from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Params
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
 from lm.losses.preference.base import PreferenceLoss
-from lm.losses.preference.odds import log_odds
-from lm.losses.preference.responses import CHOSEN, Groups, groups_of, sums, supervised
+from lm.losses.preference.measures import measures
+from lm.losses.preference.reference import (
+    ADAPTERS_OFF,
+    BESIDE,
+    CACHED,
+    COPY,
+    REFERENCE,
+    reference_kind,
+    without_adapters,
+)
+from lm.losses.preference.responses import CHOSEN, groups_of, sums, supervised
 from lm.losses.routing import Reported
 from lm.tasks.language_modeling import forward
 
-COPY, CACHED, ADAPTERS_OFF = REFERENCES = ("copy", "cached", "adapters_off")
-BESIDE = ("lora", "state")  # collections that adapt a model; without them it is the reference
 NLL = "nll"
-
-
-def reference_kind(given: str | None, adapters: bool) -> str:
-    """Where reference log-probabilities come from: as given, else the model without its adapters, else a copy of the
-    parameters before the first step."""
-    return given or (ADAPTERS_OFF if adapters else COPY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,14 @@ class PreferenceObjective:
         sizes = sums(taught, batch.segment_ids)[..., CHOSEN]
         return Mean.of(totals / jnp.where(sizes > 0, sizes, 1), sizes > 0)
 
+    def keeps_copy(self, adapters: bool) -> bool:
+        """Whether the carry is a copy of the variables before the first step. adapters: they are what is trained."""
+        return self.loss.needs_reference and reference_kind(self.reference, adapters) == COPY
+
+    def evaluated(self, params: Params, carry: Carry) -> Params:
+        """The variables that an evaluation gets: with the reference beside them where the carry is one."""
+        return {**params, REFERENCE: carry} if jax.tree.leaves(carry) else params
+
     def reference_logp(self, apply: Apply, params: Params, carry: Carry, batch: Batch) -> Array | None:
         """[B, T] log-probabilities of the targets under the reference model, None where the loss needs none and none
         are at hand. Raises ValueError where it needs them and the batch has none."""
@@ -115,39 +123,7 @@ class PreferenceObjective:
         return means, carry, {**measures(self.loss, groups), **tally}
 
 
-def without_adapters(params: Params) -> Params:
-    """The variables of the model that adapters were put beside."""
-    return {name: part for name, part in params.items() if name not in BESIDE}
-
-
 def _scaled(weight: Weight, factor: float) -> Weight:
     if callable(weight):
         return lambda step: factor * weight(step)
     return factor * weight
-
-
-def measures(loss: PreferenceLoss, groups: Groups) -> dict[str, Any]:
-    """Means over responses and pairs: log-probabilities a token, lengths, the log odds ratio, rewards and how often the
-    chosen one's is larger; the log-ratio to the reference a token where there is one. Nothing is exponentiated."""
-    chosen, rejected, paired = groups.chosen, groups.rejected, groups.paired
-    good, bad = loss.reward(chosen), loss.reward(rejected)
-    odds = log_odds(chosen.mean_logp) - log_odds(rejected.mean_logp)
-    out = {
-        "chosen_logp": Mean.of(chosen.mean_logp, chosen.present),
-        "rejected_logp": Mean.of(rejected.mean_logp, rejected.present),
-        "logp_margin": Mean.of(chosen.mean_logp - rejected.mean_logp, paired),
-        "log_odds_ratio": Mean.of(odds, paired),
-        "chosen_reward": Mean.of(good, chosen.present),
-        "rejected_reward": Mean.of(bad, rejected.present),
-        "reward_margin": Mean.of(good - bad, paired),
-        "pair_accuracy": Mean.of(good > bad, paired),
-        "chosen_length": Mean.of(chosen.length, chosen.present),
-        "rejected_length": Mean.of(rejected.length, rejected.present),
-        "pairs": Mean(jnp.sum(paired, dtype=jnp.float32), jnp.ones((), jnp.float32)),
-        "nonfinite_responses": Mean.of(~jnp.isfinite(jnp.stack([chosen.logp, rejected.logp])),
-                                       jnp.stack([chosen.present, rejected.present])),
-    }
-    if chosen.reference is not None:
-        both = [jnp.stack(pair) for pair in zip(chosen[:3], rejected[:3], strict=True)]
-        out["log_ratio"] = Mean(jnp.sum(jnp.where(both[1] > 0, both[0] - both[2], 0)), jnp.sum(both[1]))
-    return out

@@ -112,6 +112,8 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
             def evaluate(step: int) -> dict[str, float]:
                 with meter.paused(metrics), watchdog.paused():
                     params = state.params if state.ema is None else state.ema
+                    if hasattr(experiment.objective, "evaluated"):
+                        params = experiment.objective.evaluated(params, state.carry)
                     found = dict(experiment.evaluate(params, step, progress.note))
                     writer.write(step, found)
                     return found

@@ -3,6 +3,8 @@
 from lm.data.synthetic.facts import Facts
 from lm.data.synthetic.mqar import MQAR
 from lm.data.synthetic.selective_copy import SelectiveCopy
+from lm.data.synthetic.style_pairs import StylePairs
 from lm.data.synthetic.word_problem import WordProblem
 
-TASKS = {"facts": Facts, "mqar": MQAR, "selective_copy": SelectiveCopy, "word_problem": WordProblem}
+TASKS = {"facts": Facts, "mqar": MQAR, "selective_copy": SelectiveCopy,
+         "style_pairs": StylePairs, "word_problem": WordProblem}

@@ -12,12 +12,14 @@ from lm.data.hashing import uniform
 
 class Rows(NamedTuple):
     """tokens, targets: [n, T] int. answers: [n, T] bool, where a target counts. positions: [n, T] int, place in the
-    row's example, 0 where one starts; -1 is padding, which stands only at the end of a row."""
+    row's example, 0 where one starts; -1 is padding, which stands only at the end of a row. segments: [n, T] int,
+    numbers of the documents where they mean something (pairs), and then every target is kept; None counts from 1."""
 
     tokens: np.ndarray
     targets: np.ndarray
     answers: np.ndarray
     positions: np.ndarray
+    segments: np.ndarray | None = None
 
 
 class Task(Protocol):

@@ -28,12 +28,13 @@ class RowMaker:
         answers = made.answers & present
         if self.only is not None:
             answers = answers & self.task.slices(made.positions)[self.only]
-        segments = np.where(present, np.cumsum(made.positions == 0, axis=1), 0)
+        counted = np.cumsum(made.positions == 0, axis=1)
+        segments = np.where(present, counted if made.segments is None else made.segments, 0)
+        targets = np.where(answers if made.segments is None else present, made.targets, 0)
         # The padding tail counts on from 0, as that of packed rows does.
         tail = np.cumsum(~present, axis=1) - 1
-        return Batch(made.tokens.astype(np.int32), np.where(answers, made.targets, 0).astype(np.int32),
-                     answers.astype(np.float32), segments.astype(np.int32),
-                     np.where(present, made.positions, tail).astype(np.int32))
+        return Batch(made.tokens.astype(np.int32), targets.astype(np.int32), answers.astype(np.float32),
+                     segments.astype(np.int32), np.where(present, made.positions, tail).astype(np.int32))
 
 
 class SyntheticDataset(StepBatches):
@@ -52,7 +53,7 @@ class SyntheticDataset(StepBatches):
         task.check_length(seq_len)
         self.name, self.task, self.split, self._seed = name, task, split, seed
         self.batch_size, self.seq_len, self.only = batch_size, seq_len, only
-        self.tokenizer = Ids(task.vocab_size)
+        self.tokenizer, self.pairs = Ids(task.vocab_size), getattr(task, "pairs", False)
         self.reader = RowMaker(task, fold(seed, name, split), seq_len, only)
         self.num_rows_per_epoch = VALIDATION_ROWS
         self.fingerprint = digest(name, dataclasses.asdict(task), [split, seed, batch_size, seq_len, only])

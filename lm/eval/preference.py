@@ -1,0 +1,139 @@
+"""How well a model tells chosen from rejected responses, beside what their lengths alone would tell.
+
+Shape legend: B rows, T time, G groups of a row, N pairs of a set.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.core.batch import Batch
+from lm.core.sharding import constrain
+from lm.core.types import Apply, Array, Key, Mean, Output, Params
+from lm.eval.sets import EvalSet
+from lm.losses.cross_entropy import token_scores
+from lm.losses.preference.base import PreferenceLoss
+from lm.losses.preference.odds import log_odds
+from lm.losses.preference.reference import divergence, split_reference
+from lm.losses.preference.responses import Groups, groups_of, supervised
+
+Z95 = 1.959964
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Evaluator of sets of pairs: `eval/<set>/...` of
+
+      loss: mean negative log-likelihood of the chosen responses a token; accuracy: share of pairs whose chosen response
+      has the larger reward of `loss` (ties count half), with its interval of 95% (`accuracy_low`, `accuracy_high`);
+      logp_accuracy: the same by mean log-probability; length_baseline: what the better of "the longer wins" and "the
+      shorter wins" reaches, which longer_wins tells apart; chosen_logp, rejected_logp, logp_margin (a token),
+      log_odds_ratio, reward_margin, chosen_length, rejected_length; pairs; nonfinite_pairs, which count as wrong;
+      with a reference kl, KL(model || reference) of the next token at the chosen responses' positions, and log_ratio.
+
+    place: puts a batch on the devices; None leaves it to `jit`. The variables may hold the reference beside the model's
+    own, or adapters without which they are it; a batch may bring the reference's log-probabilities. Without any, a loss
+    that needs one is judged by mean log-probabilities.
+
+    Raises ValueError for a set without pairs.
+    """
+
+    sets: Mapping[str, EvalSet]
+    loss: PreferenceLoss
+    place: Callable[[Batch], Batch] | None = None
+    chunk: int | None = None
+
+    def __call__(self, apply: Apply, params: Params, key: Key | None = None) -> Iterator[tuple[str, float]]:
+        for name, given in self.sets.items():
+            for metric, value in self.measure(apply, params, given).items():
+                yield f"eval/{name}/{metric}", value
+
+    def measure(self, apply: Apply, params: Params, given: EvalSet) -> dict[str, float]:
+        """The metrics of one set."""
+        found, totals = [], {}
+        for batch in given.batches():
+            batch = batch if self.place is None else self.place(batch)
+            pairs, means = jax.device_get(score_pairs(apply, params, batch, self.loss, self.chunk))
+            found.append({name: values[pairs["paired"]] for name, values in pairs.items()})
+            for name, mean in means.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + float(mean.total), before[1] + float(mean.count))
+        pairs = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in found[0]}
+        if not len(pairs["paired"]):
+            raise ValueError("an evaluation set holds no pair of a chosen and a rejected response")
+        return {**{name: total / max(count, 1) for name, (total, count) in totals.items()}, **metrics_of(pairs)}
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "loss", "chunk"))
+def score_pairs(apply: Apply, params: Params, batch: Batch, loss: PreferenceLoss,
+                chunk: int | None) -> tuple[dict[str, Array], dict[str, Mean]]:
+    """(values of every group [B, G], those of pairs where `paired`; sums over tokens) of one batch."""
+    batch = jax.tree.map(lambda field: constrain(field, "batch", "length"), batch)
+    own, beside = split_reference(params)
+    run = lambda variables: apply(variables, batch.tokens, reset=batch.reset, positions=batch.positions,
+                                  weights=batch.present)
+    out = run(own)
+    logp = token_scores(out.hidden, out.head, batch.targets, chunk=chunk).logp
+    reference = getattr(batch, "reference", None)
+    taught = supervised(batch, "response")
+    means = {"loss": Mean.of(-logp, taught)}
+    if beside is not None:
+        other: Output = run(beside)
+        reference = token_scores(other.hidden, other.head, batch.targets, chunk=chunk).logp
+        means["kl"] = Mean.of(divergence(out, other), taught)
+    if reference is not None:
+        means["log_ratio"] = Mean.of(logp - reference, taught)
+    pairs = values_of(loss, groups_of(logp, reference, batch))
+    return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), (pairs, means))
+
+
+def values_of(loss: PreferenceLoss, groups: Groups) -> dict[str, Array]:
+    """What is kept of each pair."""
+    chosen, rejected = groups.chosen, groups.rejected
+    known = chosen.reference is not None or not loss.needs_reference
+    reward = loss.reward if known else lambda responses: responses.mean_logp
+    return {"paired": groups.paired, "chosen_logp": chosen.mean_logp, "rejected_logp": rejected.mean_logp,
+            "chosen_reward": reward(chosen), "rejected_reward": reward(rejected),
+            "log_odds_ratio": log_odds(chosen.mean_logp) - log_odds(rejected.mean_logp),
+            "chosen_length": chosen.length, "rejected_length": rejected.length,
+            "finite": jnp.isfinite(chosen.logp) & jnp.isfinite(rejected.logp)}
+
+
+def metrics_of(pairs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Metrics of pairs [N], see `Preference`."""
+    n = len(pairs["paired"])
+    finite = pairs["finite"] > 0
+    wins = np.where(finite, share_of(pairs["chosen_reward"] - pairs["rejected_reward"]), 0)
+    longer = share_of(pairs["chosen_length"] - pairs["rejected_length"])
+    low, high = interval(float(wins.mean()), n)
+    mean = lambda name: float(pairs[name].mean())
+    return {
+        "accuracy": float(wins.mean()), "accuracy_low": low, "accuracy_high": high,
+        "logp_accuracy": float(np.where(finite, share_of(pairs["chosen_logp"] - pairs["rejected_logp"]), 0).mean()),
+        "longer_wins": float(longer.mean()), "length_baseline": float(max(longer.mean(), 1 - longer.mean())),
+        "chosen_logp": mean("chosen_logp"), "rejected_logp": mean("rejected_logp"),
+        "logp_margin": mean("chosen_logp") - mean("rejected_logp"), "log_odds_ratio": mean("log_odds_ratio"),
+        "reward_margin": mean("chosen_reward") - mean("rejected_reward"), "chosen_length": mean("chosen_length"),
+        "rejected_length": mean("rejected_length"), "pairs": float(n), "nonfinite_pairs": float(n - finite.sum())}
+
+
+def share_of(difference: np.ndarray) -> np.ndarray:
+    """1 where positive, 0 where negative, a half at 0."""
+    return (np.sign(np.nan_to_num(difference, nan=-1.0)) + 1) / 2
+
+
+def interval(share: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's interval of a share of n draws."""
+    center, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
+
+
+def is_pairs(dataset: Any) -> bool:
+    """Whether a data set holds pairs."""
+    return getattr(dataset, "pairs", False)
