@@ -54,7 +54,10 @@ def known_group(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return {**resolve_group(group, {}), **given}
     from lm.layers import LAYERS
     from lm.models.build import ModelOptions
+    from lm.models.depth_options import ENTRY, RecurrentDepthOptions
     out = {**defaults(ModelOptions), **given}
+    if isinstance(out.get(ENTRY), Mapping):
+        out[ENTRY] = {**defaults(RecurrentDepthOptions), **out[ENTRY]}
     for name in (name for name in used_entries(out) if isinstance(out.get(name, {}), Mapping)):
         kind = out.get(name, {}).get("kind", name)
         fields = {**dict.fromkeys(field_types(LAYERS[kind])), **defaults(LAYERS[kind])} if kind in LAYERS else {}
@@ -72,17 +75,20 @@ def group_types(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     if group == "model":
         from lm.layers import LAYERS
         from lm.models.build import ModelOptions
+        from lm.models.depth_options import ENTRY, RecurrentDepthOptions
         kinds = {name: entry.get("kind", name) for name, entry in entries.items() if isinstance(entry, Mapping)}
         types = {name: {"kind": str, **field_types(LAYERS[kind])} for name, kind in kinds.items() if kind in LAYERS}
         # An entry that names a kind which does not exist keeps its fields: resolving it says what is wrong.
         unknown = {name: Any for name, kind in kinds.items() if kind not in LAYERS and "kind" in entries[name]}
-        return {**types, **unknown, **field_types(ModelOptions)}
+        looped = {ENTRY: dict(field_types(RecurrentDepthOptions))} if ENTRY in entries else {}
+        return {**types, **unknown, **looped, **field_types(ModelOptions)}
     return {}
 
 
 def used_entries(model: Mapping[str, Any]) -> list[str]:
-    """The layer entries that the model's prefix and pattern name; none where one of them is of a wrong type."""
+    """The layer entries that the model's blocks name; none where one of the lists is of a wrong type."""
     from lm.models.build import entry_names
-    blocks = [model["prefix"], model["pattern"]]
+    from lm.models.depth_options import ENTRY
+    blocks = [model["prefix"], model["pattern"], (model.get(ENTRY) or {}).get("coda", ())]
     well_typed = all(isinstance(names, tuple) and all(isinstance(name, str) for name in names) for names in blocks)
-    return entry_names((*blocks[0], *blocks[1])) if well_typed else []
+    return entry_names(tuple(name for names in blocks for name in names)) if well_typed else []

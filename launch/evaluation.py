@@ -14,12 +14,14 @@ from lm.data.loader import build_dataset
 from lm.data.ngram import fit_bigram
 from lm.eval.base import by_set, evaluate
 from lm.eval.options import VALIDATION
+from lm.eval.depth import AtRecurrences
 from lm.eval.perplexity import Perplexity
 from lm.eval.preference import Preference
 from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
 from lm.models.build import make_apply
 from lm.train.feed import data_shard, to_device
+from lm.models.recurrent_depth import check_recurrent
 
 BASELINE = "bigram"
 
@@ -54,6 +56,11 @@ class Evaluation:
             Preference(self._sets, objective.loss, place=place)
         self._evaluators = [evaluator] if datasets else []
         # A prompt that cannot be continued is found now, not after an hour of training.
+        if self._options.recurrences:
+            check_recurrent(prepared.model, "config.eval.recurrences")
+            self._evaluators.append(AtRecurrences(tuple(self._evaluators), self._options.recurrences))
+        self._memorization = memorization_of(prepared.config, self._options.memorization, prepared.model,
+                                             prepared.corpora.tokenizer) if self._options.memorization else None
         for prompt in self._options.samples:
             ids = encode_prompt(prepared.corpora.tokenizer, prompt, add_bos=self._data.add_bos)
             prepared.model.check_length(len(ids) + self._options.sample_tokens)

@@ -123,11 +123,13 @@ def generate() -> str:
     from lm.layers import LAYERS
     from lm.losses import LOSSES
     from lm.models.build import ModelOptions
+    from lm.models.depth_options import ENTRY, RecurrentDepthOptions
     parts = [HEAD]
     for group in GROUPS:
         title = f"## config.{group}"
         if group == "model":
-            parts += [section(title, ModelOptions), ENTRIES, *entries(LAYERS, "layer")]
+            parts += [section(title, ModelOptions), ENTRIES, *entries({ENTRY: RecurrentDepthOptions}, "entry"),
+                      *entries(LAYERS, "layer")]
         elif group == "loss":
             parts += [f"{title}\n\n{LOSS}", *entries(LOSSES, "loss")]
         else:

@@ -93,8 +93,9 @@ class Prepared:
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
             # Frozen kernels need no gradient of their own: forward, and backward through the inputs.
-            passes=2.0 if adapters.used(self.options) else 3.0, bytes_per_token=bytes_per_token,
-            baselines=evaluation.baselines, mask=self.mask())
+            passes=self.model.passes(self.options.seq_len, 1.0 if adapters.used(self.options) else 2.0),
+            bytes_per_token=bytes_per_token,
+            baselines=evaluation.baselines, mask=self.mask(), base=lambda: self.began.get("base"))
 
     def mask(self) -> Any:
         """What the train step does to the weights of a batch, None for nothing."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lm.core.types import Params
 
 DEPTH = "depth"  # the collection; a model without recurrent depth does not look at it
+STEPS = "depth/steps"  # in `Output.aux`: [1, B, T] iterations of each token, where tokens stop by themselves
 
 
 def check_recurrences(recurrences: int | None, where: str = "recurrences") -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from lm.core.fields import option
+from lm.core.fields import build, option
+from lm.core.recurrences import check_recurrences
+from lm.eval.memorization_options import MemorizationOptions
 from lm.generate.sampling import SamplingOptions
 
 VALIDATION = "validation"  # name of the split that every run is evaluated on
@@ -18,6 +20,10 @@ class EvalOptions:
     batches: int | None = option(None, "at most this many batches of each set; None for all of them")
     sets: Mapping[str, str] = option({}, "further sets besides the validation split: name to text file or folder")
     baseline: bool = option(True, "print an interpolated bigram, fitted on the training split, beside bits per byte")
+    recurrences: tuple[int, ...] = option((), "a model of recurrent depth is also evaluated with these numbers of "
+                                              "iterations, as sets <set>_r<number>")
+    memorization: dict = option({}, "texts that were trained on, matched controls, and lengths: fields of a "
+                                    "memorization test, see docs/memorization.md; {} makes none")
     samples: tuple[str, ...] = option((), "prompts that are continued at each evaluation; () writes no samples")
     sample_tokens: int = option(128, "new tokens of a sample")
     sample_seed: int = option(0, "seed of the samples, the same at every evaluation")
@@ -33,6 +39,8 @@ class EvalOptions:
                 raise ValueError(f"config.eval.{name}={getattr(self, name)} must be at least 1")
         if self.batches is not None and self.batches < 1:
             raise ValueError(f"config.eval.batches={self.batches} must be at least 1, or None for all")
+        for count in self.recurrences:
+            check_recurrences(count, "config.eval.recurrences")
         if bad := [name for name in self.sets if not name or "/" in name or name == VALIDATION]:
             raise ValueError(f"config.eval.sets has the name {bad[0]!r}; a name is not empty, has no '/', and "
                              f"{VALIDATION!r} is the split of the training data")

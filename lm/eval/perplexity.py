@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.batch import Batch
+from lm.core.recurrences import STEPS
 from lm.core.sharding import constrain
 from lm.core.types import Apply, Array, Key, Mean, Params
 from lm.eval.sets import EvalSet
@@ -22,7 +23,8 @@ from lm.losses.cross_entropy import token_scores
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
     """Evaluator of every set: `eval/<set>/loss` (nats a token), `perplexity` (its exponential), `accuracy` (share of
-    targets that are the most probable token) and, where the set knows the bytes of its tokens, `bits_per_byte`.
+    targets that are the most probable token), where tokens stop by themselves `steps` (iterations a target) and, where
+    the set knows the bytes of its tokens, `bits_per_byte`.
 
     place: puts a batch on the devices, as the train step's input is; None leaves it to `jit`, which splits the rows
       over the current mesh. chunk: positions of a row whose logits exist at a time; None picks by memory.
@@ -61,8 +63,11 @@ def batch_totals(apply: Apply, params: Params, batch: Batch, sizes: Array | None
     batch = Batch(*(constrain(field, "batch", "length") for field in batch))
     out = apply(params, batch.tokens, reset=batch.reset, positions=batch.positions, weights=batch.present)
     scores = token_scores(out.hidden, out.head, batch.targets, chunk=chunk)
+    steps = out.aux.get(STEPS)  # [1, B, T]
     totals = {"loss": Mean.of(-scores.logp, batch.weights),
               "accuracy": Mean.of(scores.argmax == batch.targets, batch.weights)}
+    if steps is not None:
+        totals["steps"] = Mean.of(steps[0], batch.weights)
     if sizes is not None:
         # Targets of weight 0 may be anything, so they are clipped.
         totals["bytes"] = Mean.of(jnp.take(sizes, batch.targets, mode="clip"), batch.weights)
@@ -86,4 +91,6 @@ def metrics_of(totals: Mapping[str, Mean]) -> dict[str, float]:
     if "bytes" in totals and totals["bytes"].total > 0:
         out["bits_per_byte"] = totals["loss"].total / math.log(2) / totals["bytes"].total
     out["accuracy"] = totals["accuracy"].total / totals["accuracy"].count
+    if "steps" in totals:
+        out["steps"] = totals["steps"].total / totals["steps"].count
     return out

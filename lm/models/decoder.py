@@ -72,6 +72,11 @@ class DecoderLM(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, state: DecoderState | None = None, *, reset: Array | None = None,
                  positions: Array | None = None, weights: Array | None = None, key: Key | None = None) -> Output:
+    def passes(self, seq_len: int, backward: float = 2.0) -> float:
+        """What a training step costs in forward passes, where the backward pass of what it goes through costs so many:
+        2, or 1 where kernels are frozen."""
+        return 1.0 + backward
+
         B, T = tokens.shape
         if state is None:
             state = self.initial_state(B)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.head import logits_of
-from lm.core.recurrences import DEPTH
+from lm.core.recurrences import DEPTH, STEPS
 from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context, Head, Mean, State
 from lm.layers.block import Block
@@ -26,7 +26,6 @@ from lm.models.depth_options import RecurrentDepthOptions
 
 PRELUDE, CORE, CODA, ITERATIONS, STATE = range(5)  # what the key is folded by
 ADAPTER_AXES = ("mlp", "embed")
-STEPS = "depth/steps"
 
 
 class DepthState(NamedTuple):
@@ -76,10 +75,10 @@ class RecurrentDepthLM(DecoderLM):
         core = self.stack.flops_per_token(self.embed_dim, seq_len) + 4.0 * self.embed_dim**2
         return once + iterations * core + 2.0 * self.embed_dim * self.padded_vocab
 
-    def passes(self, seq_len: int) -> float:
-        """What a training step costs in forward passes: the backward pass goes through `backprop` iterations only."""
+    def passes(self, seq_len: int, backward: float = 2.0) -> float:
+        """As of any decoder; the backward pass goes through the last `backprop` iterations only."""
         heard = mean_iterations(self.depth.mean, self.depth.sigma, self.depth.backprop)
-        return 1.0 + 2.0 * self.flops_per_token(seq_len, heard) / self.flops_per_token(seq_len)
+        return 1.0 + backward * self.flops_per_token(seq_len, heard) / self.flops_per_token(seq_len)
 
     def layers(self, x: Array, state: DepthState, ctx: Context,
                head: Callable[[Array], tuple[Array, Head]]) -> tuple[Array, State, Aux]:
@@ -156,6 +155,13 @@ class RecurrentDepthLM(DecoderLM):
             return kl(*(logits_of(*head(hidden)) for hidden in (before, now)))
 
         return predict, divergence
+
+
+def check_recurrent(model: nn.Module, what: str) -> None:
+    """Raises ValueError where `what`, an option of recurrent depth, is said of another model."""
+    if not isinstance(model, RecurrentDepthLM):
+        raise ValueError(f"{what} is about a model of recurrent depth, and this model loops nothing; "
+                         f"model.recurrent_depth makes the pattern a core that is looped")
 
 
 def kl(before: Array, now: Array) -> Array:

@@ -1,10 +1,11 @@
 """Rows that are made, not read. To add a task: its file, and its line here."""
 
+from lm.data.synthetic.chain_ends import ChainEnds
 from lm.data.synthetic.facts import Facts
 from lm.data.synthetic.mqar import MQAR
 from lm.data.synthetic.selective_copy import SelectiveCopy
 from lm.data.synthetic.style_pairs import StylePairs
 from lm.data.synthetic.word_problem import WordProblem
 
-TASKS = {"facts": Facts, "mqar": MQAR, "selective_copy": SelectiveCopy,
+TASKS = {"chain_ends": ChainEnds, "facts": Facts, "mqar": MQAR, "recital": Recital, "selective_copy": SelectiveCopy,
          "style_pairs": StylePairs, "word_problem": WordProblem}
