@@ -32,7 +32,8 @@ def test_is_peer_whose_neurons_are_all_one(monkeypatch):
     """Values and the gradients of values, queries and keys."""
     monkeypatch.setitem(EXPERTS, "one", (jnp.ones_like, False))
     variables, x, ctx = made(LAYER)
-    peer = PEER(num_experts=64, num_heads=2, top_k=3, key_dim=6, per_head_keys=True, activation="one")
+    peer = PEER(num_experts=64, num_heads=2, top_k=3, key_dim=6, per_head_keys=True, activation="one",
+                numbering="grid")
     params = {"router": variables["params"]["router"], "experts": jnp.stack(
         [jnp.ones((64, D)), variables["params"]["values"]], 1)}
 
