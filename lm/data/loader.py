@@ -18,7 +18,8 @@ from lm.data.corpora import Corpora, Part, load_corpora
 from lm.data.hashing import digest, fold
 from lm.data.lanes import LANES
 from lm.data.mixture import choose, proportions
-from lm.data.options import DataOptions, data_options
+from lm.data.options import PAIRS, DataOptions, data_options
+from lm.data.preference.dataset import PairDataset
 from lm.data.rows import LaneRows, Rows, empty_batch, fill_rows
 from lm.data.synthetic import TASKS
 from lm.data.synthetic.dataset import SyntheticDataset
@@ -133,7 +134,7 @@ class TokenDataset(StepBatches):
         }
 
 
-Dataset = TokenDataset | SyntheticDataset
+Dataset = TokenDataset | SyntheticDataset | PairDataset
 
 
 def build_dataset(options: DataOptions | Mapping, *, tokenizer: Tokenizer | None = None, split: str = "train",
@@ -167,6 +168,8 @@ def _build(options: DataOptions, tokenizer: Tokenizer | None, split: str, seed: 
     for name, task in parts.items():
         if isinstance(task, tuple(TASKS.values())):
             return SyntheticDataset(name, task, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
+    if options.kind == PAIRS:
+        return PairDataset(corpora, options, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
     if options.packing in ("first_fit", "single"):
         check_whole(parts, seq_len)
     inputs = sum(int(p.corpus.inputs[p.documents].sum()) for p in parts.values())

@@ -11,6 +11,7 @@ from lm.data.synthetic import TASKS
 
 PAIRS = "pairs"  # made by `lm data prepare --kind preference`
 SOURCES = ("text", "jsonl", "parquet", "array_record", PAIRS, "memory", "sotu", "pydoc", *TASKS)
+PREPARED = ("array_record", PAIRS)  # folders with a manifest
 _WITHOUT_PATH = ("memory", "sotu", "pydoc", *TASKS)
 
 
@@ -47,7 +48,7 @@ class SourceOptions:
         if (kind == "memory") != bool(self.texts):
             raise ValueError(f"{where}.texts holds the documents of source='memory', and of no other; got "
                              f"{len(self.texts)} texts with source={kind!r}")
-        if kind in ("array_record", PAIRS) and (self.separator or self.max_document_chars):
+        if kind in PREPARED and (self.separator or self.max_document_chars):
             raise ValueError(f"{where}: separator and max_document_chars act on text; give them to `lm data prepare`")
         if self.group is not None and kind != "array_record":
             raise ValueError(f"{where}.group names a group of chats in a prepared folder (source='array_record'); got "
@@ -107,6 +108,8 @@ class DataOptions(SourceOptions):
                                        "train.state_tuning)")
     mismatched: bool = option(False, "source pairs: put beside each pair its chosen response behind the prompt of "
                                      "another pair, which the loss kto needs")
+    too_long: str = option("cut", "source pairs: a pair that is longer than a row loses the start of its prompt (cut), "
+                                  "is left out (skip) or stops the run (refuse); responses are never cut")
     packing_window: int | None = option(None, "documents (first_fit) or rows (concat) planned and shuffled together; "
                                               "None chooses from the lengths")
     shuffle: bool = option(True, "False keeps documents and rows in the order of the source")
@@ -118,6 +121,12 @@ class DataOptions(SourceOptions):
         """Raises ValueError for impossible combinations, in this group and in each source."""
         super().check(where)
         check_known([self.packing], (*PACKINGS, LANES), f"{where}.packing", "way")
+        check_known([self.too_long], ("cut", "skip", "refuse"), f"{where}.too_long", "rule")
+        if self.kind == PAIRS and self.packing not in ("first_fit", "single"):
+            raise ValueError(f"{where}.packing={self.packing!r} would divide pairs; use first_fit or single")
+        if any(source.get("source") == PAIRS for source in self.sources.values()):
+            raise ValueError(f"{where}.sources cannot mix pairs; prepare them into one folder, and set "
+                             f"{where}.source={PAIRS!r}")
         check_known([self.mixture], ("tokens", "documents"), f"{where}.mixture", "unit")
         check_known([self.weigh], ("tokens", "documents"), f"{where}.weigh", "unit")
         if self.sources and (self.source or self.path or self.texts):
