@@ -3,6 +3,7 @@
 from lm.layers.attention import Attention
 from lm.layers.bswa import BSWA
 from lm.layers.channel_mix import ChannelMix
+from lm.layers.fam import FAM
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
 from lm.layers.moe import MoE
@@ -17,6 +18,7 @@ LAYERS = {
     "attention": Attention,
     "bswa": BSWA,
     "channel_mix": ChannelMix,
+    "fam": FAM,
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,
     "mlp": MLP,

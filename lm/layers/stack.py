@@ -24,6 +24,9 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
+NOT_REPORTED = ("publish", "tally", "onward")  # what a block's aux holds besides reports
+
+
 class StackState(NamedTuple):
     """prefix: one state a block, arrays [B, ...]; pattern: one a block of the pattern, arrays [R, B, ...]; or as
     `apart` gives it, and then the blocks run one by one and give it back so."""
@@ -123,14 +126,21 @@ class Stack(nn.Module):
             inner = ctx._replace(key=key, shared={**ctx.shared, "depth": depth, "num_layers": self.num_layers})
             return block.apply(variables, x, state, inner)
 
+        # What goes from block to block beside x, across repeats too; a block returns it changed, or not at all.
+        onward = ctx.shared.get("onward", {})
+
+        def under(ctx: Context, onward: Aux) -> Context:
+            return ctx._replace(shared={**ctx.shared, "onward": onward}) if onward else ctx
+
         prefix_states, reports, tally = [], [], {}
         for n, (block, before) in enumerate(zip(self.prefix, state.prefix, strict=True)):
             variables = self._variables(f"prefix_{n}", lambda b=block, n=n: init_block(b, jnp.int32(n)))
             body = self._remat(lambda v, x, s, ctx, d, b=block: run(b, v, x, s, ctx, d))
-            x, after, aux = body(variables, x, before, ctx, jnp.int32(n))
+            x, after, aux = body(variables, x, before, under(ctx, onward), jnp.int32(n))
+            onward = aux.get("onward", onward)
             ctx = ctx._replace(shared={**aux.get("publish", {}), **ctx.shared})
             prefix_states.append(after)
-            reports.append({k: v[None] for k, v in aux.items() if k not in ("publish", "tally")})
+            reports.append({k: v[None] for k, v in aux.items() if k not in NOT_REPORTED})
             if "tally" in aux:
                 tally[f"prefix_{n}"] = aux["tally"]
         if not self.repeats:
@@ -139,29 +149,30 @@ class Stack(nn.Module):
         stacked = tuple(self._variables(f"pattern_{k}", lambda b=block, k=k: init_repeated(b, k))
                         for k, block in enumerate(self.pattern))
 
-        def group(x: Array, variables: Any, states: Any, depth: Array):
+        def group(carry: tuple[Array, Aux], variables: Any, states: Any, depth: Array):
             """One repeat of the pattern. What its layers publish is seen inside this repeat only."""
-            inner, afters, report, tally = ctx, [], [], {}
+            (x, onward), inner, afters, report, tally = carry, ctx, [], [], {}
             for k, (block, v, s) in enumerate(zip(self.pattern, variables, states, strict=True)):
-                x, after, aux = run(block, v, x, s, inner, depth + k)
+                x, after, aux = run(block, v, x, s, under(inner, onward), depth + k)
+                onward = aux.get("onward", onward)
                 inner = inner._replace(shared={**aux.get("publish", {}), **inner.shared})
                 afters.append(after)
-                report.append({name: value[None] for name, value in aux.items() if name not in ("publish", "tally")})
+                report.append({name: value[None] for name, value in aux.items() if name not in NOT_REPORTED})
                 if "tally" in aux:
                     tally[f"pattern_{k}"] = aux["tally"]
-            return x, (tuple(afters), merge(report), tally)
+            return (x, onward), (tuple(afters), merge(report), tally)
 
         group = self._remat(group)
         depths = first + len(self.pattern) * jnp.arange(self.repeats, dtype=jnp.int32)
         apart = isinstance(state.pattern, list)
         if self.scan and not apart:
-            x, (pattern_states, report, repeated) = jax.lax.scan(
-                lambda x, inputs: group(x, *inputs), x, (stacked, state.pattern, depths))
+            (x, _), (pattern_states, report, repeated) = jax.lax.scan(
+                lambda carry, inputs: group(carry, *inputs), (x, onward), (stacked, state.pattern, depths))
         else:
             outs = []
             states = state.pattern if apart else unstack(state.pattern, self.repeats)
             for (variables, depth), before in zip(unstack((stacked, depths), self.repeats), states, strict=True):
-                x, out = group(x, variables, before, depth)
+                (x, onward), out = group((x, onward), variables, before, depth)
                 outs.append(out)
             afters, rest = [out[0] for out in outs], [out[1:] for out in outs]
             together = lambda *leaves: jnp.stack(leaves)

@@ -23,6 +23,8 @@ from lm.core.sharding import shardings
 from lm.core.types import Apply, Key, Params
 from lm.layers import LAYERS
 from lm.layers.block import Block
+from lm.layers.fam import FAM
+from lm.layers.fam_block import FAMBlock
 from lm.layers.norm import LayerNorm, RMSNorm
 from lm.layers.stack import Stack
 from lm.models.decoder import DecoderLM
@@ -57,6 +59,8 @@ class ModelOptions:
     dropout: float = option(0.0, "dropout of the embedded input; layers have their own")
     norm: Literal["rms", "layer", "layer_no_bias"] = option("rms", "norm before each layer and before the head")
     norm_eps: float | None = option(None, "added to the variance in these norms; None is 1e-6 for rms, else 1e-5")
+    random_positions: int | None = option(None, "in training, half of the rows start at a random position below this, "
+                                                "for rotary positions; None starts all at 0")
     scan: bool = option(True, "scan over repeats (compiles fast) or unroll them; the checkpoint is the same")
     remat: Literal["none", "full", "dots", "minimal"] = option("none", "what the backward pass computes again")
     dtype: Literal["bfloat16", "float32", "float16", "float64"] = option("bfloat16", "dtype of activations")
@@ -89,7 +93,7 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config.model.{name}={options[name]} must be at least 1")
     if made.vocab_size is not None and made.vocab_size < 2:
         raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
-    for name in ("embed_std", "softcap", "max_positions", "norm_eps"):
+    for name in ("embed_std", "softcap", "max_positions", "norm_eps", "random_positions"):
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"config.model.{name}={options[name]} must be above 0"
                              f"{NONE_IS.get(name, ', or None for none')}")
@@ -174,7 +178,8 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
         vocab_size=options.vocab_size or vocab_size, embed_dim=options.embed_dim, final_norm=norm(),
         vocab_multiple=options.vocab_multiple, tie_embeddings=options.tie_embeddings,
         max_positions=options.max_positions, embed_std=options.embed_std, softcap=options.softcap,
-        dropout=options.dropout, dtype=options.dtype, embed_norm=norm() if options.embed_norm else None)
+        dropout=options.dropout, dtype=options.dtype, embed_norm=norm() if options.embed_norm else None,
+        random_positions=options.random_positions)
     stack = lambda prefix, pattern, repeats: Stack(prefix, pattern, repeats, options.scan, options.remat)
     if depth is None:
         return DecoderLM(stack=stack(prefix, pattern, repeats), **common)
@@ -186,7 +191,21 @@ def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module, san
     """The block "a/b" of these layers; a layer that stands twice in it gets two sets of parameters."""
     parts = spec.split("/")
     names = tuple(part if parts.count(part) == 1 else f"{part}_{parts[:n].count(part)}" for n, part in enumerate(parts))
+    if any(isinstance(layers[part], FAM) for part in parts):
+        return fam_block(spec, tuple(layers[part] for part in parts), names, norm, sandwich)
     return Block(tuple(layers[part] for part in parts), names, norm, sandwich)
+
+
+def fam_block(spec: str, layers: tuple[nn.Module, ...], names: tuple[str, ...], norm: nn.Module,
+              sandwich: bool) -> FAMBlock:
+    """The block of a `FAM` and the channel mixer that its memory passes through; raises ValueError for others."""
+    if len(layers) != 2 or not isinstance(layers[0], FAM) or isinstance(layers[1], FAM):
+        raise ValueError(f"config.model: a block of kind fam is that layer and one channel mixer, such as 'fam/mlp'; "
+                         f"got {spec!r}; other layers go into blocks of their own")
+    if jax.tree.leaves(layers[1].initial_state(1, 64, jnp.float32)):
+        raise ValueError(f"config.model: the memory of fam passes through {names[1]!r} of {spec!r} as tokens do, slot "
+                         f"by slot, and that layer mixes positions; use mlp, moe, peer or pkm")
+    return FAMBlock(layers, names, norm, sandwich)
 
 
 def layers_of(model: DecoderLM) -> list[nn.Module]:

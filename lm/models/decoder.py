@@ -14,6 +14,7 @@ from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context, Head, Key, Output, State
 from lm.layers.block import Block
 from lm.layers.dropout import dropout
+from lm.layers.fam_block import ONWARD, memory_shape
 from lm.layers.linear import Embed, OutputHead, with_adapter
 from lm.layers.stack import Stack
 
@@ -33,6 +34,7 @@ class DecoderLM(nn.Module):
     tie_embeddings: the embedding is the head. max_positions: rows of a learned table of absolute positions; None for
       none (rotary positions are the attention layer's own). softcap: logits become softcap * tanh(logits / softcap).
     dtype: of activations; parameters are float32. embed_norm: norm of the embedded input, None for none.
+    random_positions: in training, half of the rows start at a random position below this; None starts all at 0.
     """
 
     vocab_size: int
@@ -47,6 +49,7 @@ class DecoderLM(nn.Module):
     dropout: float = 0.0
     dtype: str = "bfloat16"
     embed_norm: nn.Module | None = None
+    random_positions: int | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -100,7 +103,7 @@ class DecoderLM(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
-        ctx = Context(reset, positions, weights, key, {})
+        ctx = Context(reset, moved(positions, self.random_positions, key), weights, key, self._onward(B, T))
         kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
 
@@ -121,10 +124,31 @@ class DecoderLM(nn.Module):
             aux = {**aux, "tally": {"stack": aux["tally"]}}
         return self.final_norm(x), after, aux
 
+    def _onward(self, batch_size: int, num_tokens: int) -> Aux:
+        """What flows up beside the activations: the learned start of the feedback memory, where blocks have one."""
+        shape = memory_shape([block for _, block, *_ in self.blocks()], num_tokens)
+        if shape is None:
+            return {}
+        chunks, slots = shape
+        start, _ = Embed(slots, self.embed_dim, self.embed_std, (None, "embed"), name="memory")(
+            jnp.arange(slots), jnp.float32)
+        return {ONWARD: {"memory": jnp.broadcast_to(start, (batch_size, chunks, slots, self.embed_dim)),
+                         "learned": jnp.ones((), bool)}}
+
     def blocks(self) -> list[tuple[str, Block, int, float]]:
         """(name of its variables, block, how often it stands there, how often each is run) in order of depth."""
         return [(f"stack/prefix_{n}", block, 1, 1.0) for n, block in enumerate(self.stack.prefix)] \
             + [(f"stack/pattern_{n}", block, self.stack.repeats, 1.0) for n, block in enumerate(self.stack.pattern)]
+
+
+def moved(positions: Array, below: int | None, key: Key | None) -> Array:
+    """Positions [B, T] with one offset a row: in training, half of the rows start at a random place from 0 to below - 1
+    (Hwang et al. 2024, random position offset)."""
+    if below is None or key is None:
+        return positions
+    which, place = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+    shape = (positions.shape[0], 1)
+    return positions + jax.random.bernoulli(which, 0.5, shape) * jax.random.randint(place, shape, 0, below)
 
 
 def positions_after(start: Array, reset: Array, weights: Array) -> Array:

@@ -1,14 +1,18 @@
 """The table of layers under contract. A new layer adds its row (or rows, one a variant that matters) here.
 
-A row is (id, layer). Every layer of `lm.layers.LAYERS` must have at least one row: `test_every_layer_has_a_row`.
+A row is (id, layer), or (id, block) where its first layer cannot stand alone. Every layer of `lm.layers.LAYERS` must
+have at least one row: `test_every_layer_has_a_row`.
 """
 
 from lm.layers.attention import Attention
 from lm.layers.bswa import BSWA
 from lm.layers.channel_mix import ChannelMix
+from lm.layers.fam import FAM
+from lm.layers.fam_block import FAMBlock
 from lm.layers.min_rnn import MinGRU, MinLSTM
 from lm.layers.mlp import MLP
 from lm.layers.moe import MoE
+from lm.layers.norm import RMSNorm
 from lm.layers.peer import PEER
 from lm.layers.pkm import PKM
 from lm.layers.rwkv4 import RWKV4
@@ -20,7 +24,7 @@ EMBED_DIM = 32
 
 # Under `-m slow`: variants that share almost all of their code with another row, and of expert layers all but one.
 SLOW = {"attention_grouped", "attention_window", "attention_without_rope", "bswa_grouped", "bswa_without_memory",
-        "channel_mix_5", "channel_mix_6",
+        "channel_mix_5", "channel_mix_6", "fam_grouped", "fam_without_slots",
         "channel_mix_7", "min_gru", "min_gru_conv_tanh", "min_lstm_conv", "mlp_relu2", "moe_expert", "moe_swiglu",
         "moe_token", "peer_batch_gelu", "peer_l2_sigmoid", "peer_none_geglu", "pkm", "rwkv4_wide", "rwkv5", "rwkv6"}
 
@@ -36,6 +40,10 @@ ROWS = [
     ("channel_mix_5", ChannelMix(version=5)),
     ("channel_mix_6", ChannelMix(version=6)),
     ("channel_mix_7", ChannelMix(version=7, mlp_dim=48)),
+    ("fam", FAMBlock((FAM(num_heads=4, block=4, memory=1, slots=2), MLP()), ("fam", "mlp"), RMSNorm())),
+    ("fam_grouped", FAMBlock((FAM(num_heads=4, num_kv_heads=2, block=3, memory=0, slots=3, slot_position="zero"),
+                              MLP(activation="swiglu")), ("fam", "mlp"), RMSNorm(), sandwich=True)),
+    ("fam_without_slots", FAMBlock((FAM(num_heads=2, block=5, slots=0), MLP()), ("fam", "mlp"), RMSNorm())),
     ("min_gru", MinGRU()),
     ("min_gru_conv_tanh", MinGRU(hidden_act="tanh", conv_width=4, use_bias=True)),
     ("min_lstm", MinLSTM(hidden_act="identity", hidden_dim=24)),

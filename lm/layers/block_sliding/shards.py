@@ -50,7 +50,7 @@ def over_shards(local: Callable[..., Array], q: Queries, new: Keys, past: Keys, 
             return local(q, new, fetched(new, reach * block), columns, behind=reach)
 
     extra = None if columns is None else Columns(*(
-        spec((None, "batch", None, heads, None)[:x.ndim], x.shape, mesh) for x in columns))
+        spec((None, "batch", None, heads if x.ndim == 5 else None), x.shape[:4], mesh) for x in columns))
     return jax.shard_map(run, mesh=mesh, in_specs=(specs(q, time), specs(new, time), specs(past, None), extra),
                          out_specs=specs(q, time).queries, check_vma=False)(q, new, past, columns)
 
