@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("launch.eval", "evaluate a checkpoint"),
     "generate": ("launch.generate", "sample text from a checkpoint"),
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
+    "launch": ("launch.launch", "start a run on this machine, Slurm, TPU VMs, GKE, or a cloud's GPUs"),
     "plan": ("launch.plan", "parameters in all and active, and FLOPs a token, of a config's layers"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "grow": ("launch.grow", "more experts for a trained PEER run, as a new run that computes the same"),
