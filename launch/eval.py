@@ -1,10 +1,12 @@
-"""`lm eval`: evaluates a checkpoint on the run's validation split and on further files."""
+"""`lm eval`: evaluates a checkpoint on the run's validation split and on further files, or what it knows by heart."""
 
 import argparse
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from launch import eval_memorization
 
 FOLDER = "eval"
 _COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".3f"),
@@ -16,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm eval`."""
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
+    parser.add_argument("--task", choices=("perplexity", eval_memorization.NAME), default="perplexity",
+                        help="what is measured (default: loss, perplexity, bits per byte and accuracy)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", dest="sets",
                         help="a text, JSONL or parquet file, folder or glob, besides those of the config; repeat it "
                              "for several")
@@ -25,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction,
                         help="print a bigram fitted on the training split beside it (default: eval.baseline)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    eval_memorization.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,6 +39,9 @@ def main(args: argparse.Namespace) -> int:
                          "--config.GROUP.FIELD=VALUE changes a field of it")
     if args.batches is not None and args.batches < 1:
         raise ValueError(f"--batches must be at least 1; got {args.batches}")
+    eval_memorization.check(args)
+    if args.task == eval_memorization.NAME:
+        return eval_memorization.main(args)
     given = parse_sets(args.sets)
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)

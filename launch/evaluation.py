@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from launch import config as configs
+from launch.memorization import memorization_of, summary
 from launch.preference import objective_of
 from lm.core.types import Params
 from lm.data.loader import build_dataset
@@ -81,6 +82,9 @@ class Evaluation:
                 if name == VALIDATION and self.baselines:
                     line += f" (bigram of the training split: {self.baselines[BASELINE]:.3f})"
             note(line)
+        if self._memorization is not None:
+            metrics |= evaluate([self._memorization], self._apply, params)
+            note(f"step {step}: memorization {summary(metrics)}")
         if jax.process_count() == 1 and self._options.samples:
             self._sample(params, step, note)
         return metrics

@@ -44,6 +44,8 @@ class EvalOptions:
         if bad := [name for name in self.sets if not name or "/" in name or name == VALIDATION]:
             raise ValueError(f"config.eval.sets has the name {bad[0]!r}; a name is not empty, has no '/', and "
                              f"{VALIDATION!r} is the split of the training data")
+        if self.memorization:
+            build(MemorizationOptions, self.memorization, "config.eval.memorization")
         try:
             self.sampling.check()
         except ValueError as error:

@@ -18,8 +18,8 @@ def resolve_goldfish(given: Any) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise ValueError(f"{WHERE} is a mask, not a loss with a weight: give its fields, e.g. dict(k=4, h=13), an empty "
-                         f"dict for the defaults, or None for no mask; got {given!r}")
+        raise ValueError(f"{WHERE} is a mask, not a loss with a weight: give its fields, e.g. dict(k=4, h=13), an "
+                         f"empty dict for the defaults, or None for no mask; got {given!r}")
     build(Goldfish, given, WHERE)  # for its own check
     return {GOLDFISH: fill(Goldfish, given, WHERE)}
 

@@ -284,6 +284,6 @@ def test_values_that_make_no_mask_are_refused(fields, message):
 
 def test_rows_too_short_for_any_window_are_refused():
     Goldfish(h=13).check_length(12)
-    with pytest.raises(ValueError, match="h=14 needs train.seq_len of at least 13"):
+    with pytest.raises(ValueError, match=r"h=14 needs train\.seq_len of at least 13"):
         Goldfish(h=14).check_length(12)
     dataclasses.replace(Goldfish(mask="static"), h=500).check_length(12)

@@ -15,6 +15,7 @@ from lm.data.synthetic.word_problem import GROUPS, multiplication
 
 SMALL = {"facts": (dict(num_keys=5, num_classes=3), 9),
          "mqar": (dict(num_pairs=3, num_keys=6, num_values=5), 16),
+         "recital": (dict(num_documents=3, length=6, num_symbols=9, successors=3), 14),
          "selective_copy": (dict(num_tokens=3, num_symbols=4), 15),
          "word_problem": (dict(group="S3", length=5), 13)}
 tasks = pytest.mark.parametrize("name", SMALL)
@@ -67,6 +68,31 @@ def test_selective_copy_asks_for_the_symbols_in_order():
         assert (tokens[-3:] == 1).all() and (tokens[:-3] != 1).all() and list(np.flatnonzero(weights)) == [12, 13, 14]
     many = dataset("selective_copy", batch_size=40).batch(0).tokens
     assert len({tuple(np.flatnonzero(row >= 2)) for row in many}) > 9
+
+
+def test_recital_repeats_its_members_and_never_shows_its_controls():
+    data = dataset("recital", batch_size=400)
+    task, batch = data.task, data.batch(0)
+    members, controls = ({tuple(text) for text in task.documents(which)} for which in ("members", "controls"))
+    shown = [tuple(batch.tokens[row, at:at + 6]) for row in range(400) for at in (0, 6)]
+    assert abs(np.mean([text in members for text in shown]) - 0.5) < 0.06 and members <= set(shown)
+    assert len(members) == len(controls) == 3 and not members & controls and not controls & set(shown)
+    chain = task.chain()
+    assert all(b in chain[a] for text in {*shown, *controls} for a, b in itertools.pairwise(text))
+    np.testing.assert_array_equal(batch.weights[0], [1, 1, 1, 1, 1, 0] * 2 + [0, 0])
+    np.testing.assert_array_equal(batch.targets[:, :5], batch.tokens[:, 1:6])
+    fresh = dataset("recital", batch_size=50, share=0.0).batch(0).tokens[:, :6]
+    assert not {tuple(text) for text in fresh} & members
+    other = dataset("recital", seed=5).task
+    assert {tuple(text) for text in other.documents("members")} == members  # of the task, not of the seed
+    assert {tuple(text) for text in dataset("recital", draw=1).task.members} != members
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(length=1), "length=1"), (dict(successors=10), "from 1 to num_symbols=9"), (dict(share=1.5), "share=1.5")])
+def test_a_recital_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataset("recital", **fields)
 
 
 def test_facts_are_one_class_a_pair_in_training_and_validation():

@@ -148,5 +148,5 @@ def test_the_mask_leaves_the_default_loss_and_can_be_overridden():
     assert (config.loss.goldfish.k, config.loss.goldfish.mask, config.loss.goldfish.h) == (8, "static", 13)
     off = configs.resolve({**get_config().to_dict(), "loss": dict(goldfish=dict(k=8))}, [("loss.goldfish", "None")])
     assert "goldfish" not in off.loss and off.loss.next_token == 1.0
-    with pytest.raises(ValueError, match="train.seq_len of at least 39, and it is 32"):
+    with pytest.raises(ValueError, match=r"train\.seq_len of at least 39, and it is 32"):
         prepare(config_of(h=40))

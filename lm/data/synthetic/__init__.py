@@ -3,6 +3,7 @@
 from lm.data.synthetic.chain_ends import ChainEnds
 from lm.data.synthetic.facts import Facts
 from lm.data.synthetic.mqar import MQAR
+from lm.data.synthetic.recital import Recital
 from lm.data.synthetic.selective_copy import SelectiveCopy
 from lm.data.synthetic.style_pairs import StylePairs
 from lm.data.synthetic.word_problem import WordProblem
