@@ -134,6 +134,7 @@ def prepare(config: Any) -> Prepared:
     from lm.data.loader import build_dataset
     from lm.data.tokenizer import special_ids
     from lm.models.build import abstract_params, build_model, check_mesh
+    from lm.models.tables import tables_of
     from lm.optim.builder import build_optimizer
     from lm.tasks.goldfish import goldfish_of
     from lm.train.carried import carried_state
@@ -168,7 +169,7 @@ def prepare(config: Any) -> Prepared:
     if options.carry_state:
         carry = carried_state(model.initial_state, options.batch_size, options.microbatches)
     carry = copy_of(config, options, boxed) or carry
-    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps), carry)
+    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps, tables_of(model)), carry)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     data = f"{train_set.num_tokens:,} training tokens" if train_set.num_tokens else f"new rows of {train_set.name}"
     headline = (f"{num_params(shapes):,} parameters, {data}, batches of "

@@ -19,7 +19,7 @@ from lm.layers.experts.options import declare_usage
 from lm.layers.experts.product_keys import Gate, QueryNorm, gate_power
 from lm.layers.experts.retrieved import Retrieval
 from lm.layers.mlp import ACTIVATIONS
-from pallas_kernels.peer_experts.api import peer_experts
+from pallas_kernels.peer_experts.api import peer_experts, peer_experts_with_sink
 from pallas_kernels.product_key_topk.api import num_sub_keys
 
 # name -> (nonlinearity, whether a third vector of the expert multiplies it)
@@ -66,6 +66,8 @@ class PEER(ByProductKeys, nn.Module):
 
     kind = "peer"
     rows = "num_experts"
+    table = "experts"
+    table_axes = ("experts", None, "embed")
 
     def check(self, embed_dim: int) -> None:
         """Raises ValueError where the fields do not fit together."""
@@ -99,14 +101,16 @@ class PEER(ByProductKeys, nn.Module):
         # A head's k weights have squares that sum to gate_power, and h heads add up: with this the output has the
         # variance of an MLP with as many active neurons, whose `down` has fan-in variance.
         up = scale * (self.num_heads * gate_power(self.gate, self.top_k)) ** -0.5
-        table = self.param("experts", nn.with_logical_partitioning(row_init(D**-0.5, up), ("experts", None, "embed")),
+        table = self.param(self.table, nn.with_logical_partitioning(row_init(D**-0.5, up), self.table_axes),
                            (N, 3 if gated else 2, D))
         if self.is_initializing():  # parameters are all that is wanted, and this costs much to trace
             declare_usage(self, N)
             return x, state, {}
-        combine = functools.partial(peer_experts, activation=act, implementation=self.implementation)
-        retrieval = Retrieval(spec, combine, ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
-        y, tally = retrieval(x, ctx.weights, router, table)
+        how = dict(activation=act, implementation=self.implementation)
+        retrieval = Retrieval(spec, functools.partial(peer_experts, **how),
+                              functools.partial(peer_experts_with_sink, **how),
+                              ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
+        y, tally = retrieval(x, ctx.weights, router, table, self.sink())
         return dropout(y, self.dropout, ctx.key), state, {"tally": tally}
 
 

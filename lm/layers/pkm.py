@@ -11,7 +11,8 @@ from lm.layers.experts.by_product_keys import ByProductKeys
 from lm.layers.experts.options import declare_usage
 from lm.layers.experts.product_keys import Gate, QueryNorm, gate_power
 from lm.layers.experts.retrieved import Retrieval
-from lm.layers.experts.values import weighted_rows
+from lm.layers.experts.values import weighted_rows, weighted_rows_with_sink
+from pallas_kernels.peer_experts.rows import TouchedRows
 
 # E[gelu(a)^2] of a normal a: the variance of an MLP's output, whose `down` has fan-in variance.
 GELU_POWER = 0.425
@@ -50,6 +51,8 @@ class PKM(ByProductKeys, nn.Module):
 
     kind = "pkm"
     rows = "num_values"
+    table = "values"
+    table_axes = ("experts", "embed")
 
     def flops_per_token(self, embed_dim: int, seq_len: int) -> float:
         """Forward FLOPs a token: queries, sub-keys, and the sum of the chosen values."""
@@ -66,7 +69,7 @@ class PKM(ByProductKeys, nn.Module):
         router = spec.copy(name="router")(D)
         scale = 1.0 if self.output_scale is None else self.output_scale
         std = scale * (GELU_POWER / (self.num_heads * gate_power(self.gate, self.top_k))) ** 0.5
-        table = self.param("values", nn.with_logical_partitioning(nn.initializers.normal(std), ("experts", "embed")),
+        table = self.param(self.table, nn.with_logical_partitioning(nn.initializers.normal(std), self.table_axes),
                            (self.num_values, D))
         if self.is_initializing():  # parameters are all that is wanted, and this costs much to trace
             declare_usage(self, self.num_values)
@@ -75,6 +78,11 @@ class PKM(ByProductKeys, nn.Module):
         def combine(x: Array, ids: Array, gates: Array, table: Array) -> Array:
             return weighted_rows(ids, gates, table).astype(x.dtype)
 
-        retrieval = Retrieval(spec, combine, ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
-        y, tally = retrieval(x, ctx.weights, router, table)
+        def combine_rows(x: Array, ids: Array, gates: Array, table: Array, sink: Array) -> tuple[Array, TouchedRows]:
+            y, touched = weighted_rows_with_sink(ids, gates, table, sink)
+            return y.astype(x.dtype), touched
+
+        retrieval = Retrieval(spec, combine, combine_rows, ctx.key is not None, self.chunk, self.usage_tokens,
+                              self.dead_after)
+        y, tally = retrieval(x, ctx.weights, router, table, self.sink())
         return dropout(y, self.dropout, ctx.key), state, {"tally": tally}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.core.tables import SINKS
 from lm.core.tree import STATS
 from lm.core.types import Array, Aux, Context, State, context
 from lm.layers.block import Block
@@ -93,13 +94,13 @@ class Stack(nn.Module):
             + self.repeats * sum(b.flops_per_token(embed_dim, seq_len) for b in self.pattern)
 
     def _variables(self, name: str, init: Callable[[], Any]) -> dict[str, Any]:
-        """The collections {"params": ..., "lora": ..., "state": ..., "stats": ...} of the block(s) called `name`;
-        parameters and statistics are initialised if they are new, the others taken where they are."""
+        """The collections {"params": ..., "lora": ..., "state": ..., "stats": ..., "sinks": ...} of the block(s) called
+        `name`; parameters and statistics are initialised if they are new, the others taken where they are."""
         if self.is_initializing() and not self.has_variable("params", name):
             for collection, value in init().items():
                 self.put_variable(collection, name, value)
         out = {"params": nn.meta.unbox(self.get_variable("params", name))}
-        for beside in ("lora", "state", STATS):
+        for beside in ("lora", "state", STATS, SINKS):
             if self.has_variable(beside, name):
                 out[beside] = nn.meta.unbox(self.get_variable(beside, name))
         return out

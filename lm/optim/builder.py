@@ -1,10 +1,12 @@
 """From options and shapes to one optax transformation, with what the train step and the logs want to know about it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 
+from lm.core.tables import Table
 from lm.core.tree import map_named
 from lm.optim.held import on_free
 from lm.optim.muon import scale_by_muon
@@ -12,24 +14,29 @@ from lm.optim.options import OptimizerOptions
 from lm.optim.per_layer import per_layer
 from lm.optim.rules import Row, table
 from lm.optim.schedules import make_schedule
+from lm.optim.sparse.resolve import beside_tables, sparse_tables
+from lm.optim.sparse.tables import SparseTables
 from lm.optim.storage import store_in_bfloat16
 from lm.optim.trainable import on_trainable
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """tx: gradients of all or of the trainable parameters to updates of all (`update` needs the parameters).
-    schedule: step to learning rate, before per-parameter multipliers. rows: what is done to each parameter.
-    trainable_mask: tree of bool like the parameters, for `lm.optim.trainable.select`."""
+    """tx: gradients of all or of the trainable parameters to updates of all (`update` needs the parameters); where
+    there are `tables`, of all but these, and without clipping, which needs the gradients of both. schedule: step to
+    learning rate, before per-parameter multipliers. rows: what is done to each parameter. trainable_mask: tree of bool
+    like the parameters, for `lm.optim.trainable.select`."""
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     rows: tuple[Row, ...]
     trainable_mask: Any
     options: OptimizerOptions
+    tables: SparseTables | None = None
 
 
-def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: int) -> Optimizer:
+def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: int,
+                    tables: Mapping[str, Table] | None = None) -> Optimizer:
     """The optimizer of these variables ({"params": ...}, with {"lora": ...} beside it where there are adapters).
 
     In order: gradients of trainable parameters, clipped by their global norm; each parameter's direction by its
@@ -38,6 +45,7 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
     Args:
       params_shapes: arrays or `jax.ShapeDtypeStruct`s; only names and shapes are read.
       total_steps: length of the schedule.
+      tables: by parameter, the tables of the model; used with `options.sparse_tables`.
 
     Raises ValueError for options that do not fit together, a rule that matches nothing, or a schedule too long.
     """
@@ -45,11 +53,15 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
     schedule = make_schedule(options, total_steps)
     rows = table(options, params_shapes)
     by_name = {row.name: row for row in rows}
-    trainable = [row for row in rows if not row.frozen]
     mask = map_named(lambda name, _: not by_name[name].frozen, params_shapes)
+    sparse = sparse_tables(options, by_name, tables or {}) if options.sparse_tables else None
+    rows = tuple(by_name[row.name] for row in rows)
+    by_rows = sparse.tables if sparse else {}
+    trainable = [row for row in rows if not row.frozen and row.name not in by_rows]
+    densely = map_named(lambda name, keep: keep and name not in by_rows, mask)
 
     steps = []
-    if options.clip_norm is not None:
+    if options.clip_norm is not None and not sparse:
         steps.append(optax.clip_by_global_norm(options.clip_norm))
     groups = {_group(row): row for row in trainable}
     steps.append(optax.partition({group: _direction(options, row) for group, row in groups.items()},
@@ -65,7 +77,10 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
     if options.state_dtype == "bfloat16":
         tx = store_in_bfloat16(tx, stochastic=options.stochastic_rounding)
     held = {row.name: row.held for row in trainable if row.held}
-    return Optimizer(on_free(on_trainable(tx, mask), held), schedule, rows, mask, options)
+    tx = on_free(on_trainable(tx, densely), held)
+    if sparse:
+        tx = beside_tables(tx, sparse)
+    return Optimizer(tx, schedule, rows, mask, options, sparse)
 
 
 def _group(row: Row) -> str:

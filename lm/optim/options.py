@@ -10,6 +10,7 @@ from lm.core.fields import check_known, conform, option, type_name
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "wsd", "exponential", "constant", "inverse_sqrt")
 STATE_DTYPES = ("float32", "bfloat16")
+TABLE_OPTIMIZERS = ("adamw", "adagrad", "sgd")
 NEWTON_SCHULZ = ("standard", "gram")
 
 # What a rule may say about the parameters that it matches.
@@ -52,6 +53,9 @@ class OptimizerOptions:
     ema_decay: float | None = option(None, "decay of the moving average of the parameters; None: no average is kept")
     state_dtype: str = option("float32", "dtype of the moments between steps: float32 or bfloat16")
     stochastic_rounding: bool = option(False, "round the moments to bfloat16 at random and without bias")
+    sparse_tables: str | None = option(None, "tables of peer and pkm change in the rows that were chosen alone, each "
+                                             "row with an optimizer of its own: "
+                                             f"{', '.join(TABLE_OPTIMIZERS)}; None: densely, as every parameter")
     rules: tuple[dict, ...] = option((), "per-parameter rules: match (regex), lr_multiplier, weight_decay, freeze, "
                                          "optimizer, freeze_first=(count, axis), which holds the first places of an "
                                          "axis, counted from the last, -1; the first rule that says a thing decides it")
@@ -80,12 +84,25 @@ class OptimizerOptions:
         if self.stochastic_rounding and self.state_dtype != "bfloat16":
             raise ValueError(f"{WHERE}.stochastic_rounding rounds moments to bfloat16, but state_dtype is "
                              f"{self.state_dtype!r}; set {WHERE}.state_dtype='bfloat16' or leave it off")
-        if self.momentum is not None and self.name not in ("sgd", "muon", "adafactor"):
+        if self.sparse_tables is not None:
+            self._check_sparse_tables()
+        rows_use = self.sparse_tables == "sgd"
+        if self.momentum is not None and self.name not in ("sgd", "muon", "adafactor") and not rows_use:
             raise ValueError(f"{WHERE}.momentum={self.momentum} has no effect on {self.name}; set {WHERE}.b1 instead")
-        if self.nesterov and self.name not in ("sgd", "muon"):
+        if self.nesterov and self.name not in ("sgd", "muon") and not rows_use:
             raise ValueError(f"{WHERE}.nesterov has no effect on {self.name}; it is for sgd and muon")
         for index, rule in enumerate(self.rules):
             check_rule(rule, f"{WHERE}.rules[{index}]")
+
+    def _check_sparse_tables(self) -> None:
+        where = f"{WHERE}.sparse_tables={self.sparse_tables!r}"
+        known(self.sparse_tables, TABLE_OPTIMIZERS, f"{WHERE}.sparse_tables")
+        if self.ema_decay is not None:
+            raise ValueError(f"{where} changes chosen rows alone, and {WHERE}.ema_decay={self.ema_decay} averages "
+                             "every row in every step; set one of them to None")
+        if self.state_dtype != "float32":
+            raise ValueError(f"{where} keeps the state of rows in float32; set {WHERE}.state_dtype='float32', got "
+                             f"{self.state_dtype!r}")
 
     def _check_ranges(self) -> None:
         for name in ("learning_rate", "eps", "clip_norm", "adam_learning_rate", "muon_consistent_rms",

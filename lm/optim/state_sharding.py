@@ -30,7 +30,8 @@ def map_owned(fn: Callable[..., Any], state: Any, *params: Any) -> Any:
 
 def opt_state_shardings(tx: optax.GradientTransformation, params_shapes: Any, param_shardings: Any, mesh: Mesh) -> Any:
     """Sharding of every array of `tx.init(params)`: that of its parameter where the shapes agree; for factored moments
-    that of the parameter without the averaged dimension; replicated for everything else (step counts).
+    that of the parameter without the averaged dimension; for numbers of whole rows that of the parameter's first
+    dimensions; replicated for everything else (step counts).
 
     Args:
       params_shapes: tree of arrays or shapes. param_shardings: tree of `NamedSharding` of the same structure.
@@ -44,6 +45,8 @@ def opt_state_shardings(tx: optax.GradientTransformation, params_shapes: Any, pa
         if leaf.shape == param.shape:
             return NamedSharding(mesh, PartitionSpec(*parts))
         gone = _averaged_dimension(name, leaf.shape, param.shape)
+        if gone is None and leaf.shape == param.shape[:len(leaf.shape)]:  # one number a row of a table
+            return NamedSharding(mesh, PartitionSpec(*parts[:len(leaf.shape)]))
         return NamedSharding(mesh, PartitionSpec(*(parts[:gone] + parts[gone + 1:] if gone is not None else ())))
 
     return map_owned(one, state, params_shapes, param_shardings)

@@ -13,6 +13,7 @@ import optax
 
 from lm.core.batch import Batch
 from lm.core.sharding import constrain
+from lm.core.tables import SINKS
 from lm.core.tally import by_layer, settle
 from lm.core.tree import STATS, named_leaves
 from lm.core.types import Apply, Array, Carry, Key, Mean, Objective, Params
@@ -41,23 +42,30 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             f"{', '.join(objective.not_additive)} does not add up over microbatches: use train.microbatches=1, or "
             f"train.per_microbatch=True to compute it in each microbatch alone")
 
-    def gradient(trainable, frozen, carry, batch, counts, step, key):
-        def loss(trainable):
-            params = restore(trainable, frozen, optimizer.trainable_mask)
-            means, after, metrics = objective(apply, params, carry, batch, key)
+    tables = optimizer.tables
+
+    def gradient(trainable, sinks, frozen, by, carry, batch, counts, step, key):
+        def loss(trainable, sinks):
+            params, run = restore(trainable, frozen, by), apply
+            if tables is not None:
+                params, run = {**params, SINKS: sinks}, once(apply)
+            means, after, metrics = objective(run, params, carry, batch, key)
             total = sum(weight_at(objective.weights[name], step) * mean.total / jnp.where(counts[name] == 0, 1,
                                                                                          counts[name])
                         for name, mean in means.items())
             return total, (means, after, metrics)
-        return jax.value_and_grad(loss, has_aux=True)(trainable)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(trainable, sinks)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
         batch = batch if mask is None else mask(batch, state.step)
         counts = objective.counts(batch)
-        trainable = select(state.params, optimizer.trainable_mask)
-        loss, grads, (means, carry, metrics) = accumulate(
-            lambda carry, part, key: gradient(trainable, state.params, carry, part, counts, state.step, key),
+        sinks, by = {}, optimizer.trainable_mask
+        if tables is not None:
+            sinks, by = tables.open(state.params, by, batch.tokens.shape, microbatches)
+        trainable = select(state.params, by)
+        loss, (grads, into_sinks), (means, carry, metrics) = accumulate(
+            lambda carry, part, key: gradient(trainable, sinks, state.params, by, carry, part, counts, state.step, key),
             state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
 
         tally = metrics.get("tally", {})
@@ -65,13 +73,23 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
         learns = bool(tally) and any(jax.tree.leaves(optimizer.trainable_mask["params"]))
         stats, counted = settle(state.params.get(STATS, {}), tally) if tally else ({}, {})
         metrics = {name: mean for name, mean in metrics.items() if name != "tally"}
-        grad_norm = optax.tree.norm(grads)
+        before, opt_before = state.params, state.opt_state
+        if tables is None:
+            grad_norm = optax.tree.norm(grads)
+        else:
+            of_tables, squares = tables.collect(grads, into_sinks)
+            grads = tables.without(grads)
+            grad_norm = jnp.sqrt(optax.tree.norm(grads, squared=True) + squares)
+            most = optimizer.options.clip_norm
+            scale = jnp.float32(1) if most is None else most / jnp.maximum(grad_norm, most)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            before, opt_before = tables.without(before), opt_before._replace(tables=None)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         ok = finite & (state.bad_step < 0)
 
         def update(grads, carry):
-            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.tx.update(grads, opt_before, before)
+            params = optax.apply_updates(before, updates)
             ema = state.ema
             if ema is not None:
                 ema = ema_update(ema, params, optimizer.options.ema_decay, state.step)
@@ -81,7 +99,12 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             return params, opt_state, carry, ema
 
         params, opt_state, carry, ema = jax.lax.cond(
-            ok, update, lambda grads, carry: (state.params, state.opt_state, state.carry, state.ema), grads, carry)
+            ok, update, lambda grads, carry: (before, opt_before, state.carry, state.ema), grads, carry)
+        rate = optimizer.schedule(state.step - state.skipped)  # the optimizer counts updates, not steps
+        if tables is not None:  # outside of the branches, so that their memory is changed in place
+            params, of_rows = tables.update(params, state.params, state.opt_state.tables, of_tables, scale=scale,
+                                            rate=rate, ok=ok)
+            opt_state = opt_state._replace(tables=of_rows)
         bad = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         after = TrainState(
             step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema=ema, key=state.key,
@@ -89,7 +112,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             skipped=state.skipped + jnp.where(finite, 0, 1))
         report = {
             "train/loss": loss, "train/grad_norm": grad_norm,
-            "train/lr": optimizer.schedule(state.step - state.skipped),  # the optimizer counts updates, not steps
+            "train/lr": rate,
             "train/tokens": jnp.sum(batch.present, dtype=jnp.float32), "train/skips": after.skips,
             "train/skipped": after.skipped,
             "train/bad_step": after.bad_step,
@@ -105,7 +128,8 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
 def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch: Batch, key: Key, microbatches: int, *,
                carry_per_row: bool = False
                ) -> tuple[Array, Params, tuple[Mapping[str, Mean], Carry, Mapping[str, Mean]]]:
-    """(loss, gradient, (means, carry, metrics)) of a batch, in one piece or summed over microbatches in order.
+    """(loss, (gradient, sinks), (means, carry, metrics)) of a batch, in one piece or summed over microbatches in order;
+    what came out of sinks is not summed, but stacked on a leading axis of microbatches.
 
     Microbatch m takes rows m, m + M, m + 2M, ...: each device gives the same share of its own rows to every one.
     carry_per_row: every leaf of the carry is [M, ...], and microbatch m has the m-th; else they hand on one carry.
@@ -116,22 +140,38 @@ def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch
 
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
     if microbatches == 1:
-        (loss, (means, after, metrics)), grads = gradient(first(carry) if carry_per_row else carry, batch, key)
-        after = jax.tree.map(lambda leaf: leaf[None], after) if carry_per_row else after
-        return loss, grads, (means, after, metrics)
+        (loss, (means, after, metrics)), (grads, sinks) = gradient(first(carry) if carry_per_row else carry, batch, key)
+        alone = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
+        return loss, (grads, alone(sinks)), (means, alone(after) if carry_per_row else after, metrics)
 
     parts = jax.tree.map(cut, batch)
     shared, own = (None, carry) if carry_per_row else (carry, None)
     shapes = jax.eval_shape(gradient, first(own) if carry_per_row else shared, first(parts), key)
-    (loss, (means, _, metrics)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (loss, (means, _, metrics)), (grads, _) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(sums, inputs):
         loss, grads, means, metrics, shared = sums
         index, part, own = inputs
-        (l, (m, after, r)), g = gradient(own if carry_per_row else shared, part, jax.random.fold_in(key, index))
+        given = own if carry_per_row else shared
+        (l, (m, after, r)), (g, sinks) = gradient(given, part, jax.random.fold_in(key, index))
         shared, own = (None, after) if carry_per_row else (after, None)
-        return (loss + l, *jax.tree.map(jnp.add, (grads, means, metrics), (g, m, r)), shared), own
+        return (loss + l, *jax.tree.map(jnp.add, (grads, means, metrics), (g, m, r)), shared), (own, sinks)
 
-    (loss, grads, means, metrics, shared), own = jax.lax.scan(
+    (loss, grads, means, metrics, shared), (own, sinks) = jax.lax.scan(
         body, (loss, grads, means, metrics, shared), (jnp.arange(microbatches), parts, own))
-    return loss, grads, (means, own if carry_per_row else shared, metrics)
+    return loss, (grads, sinks), (means, own if carry_per_row else shared, metrics)
+
+
+def once(apply: Apply) -> Apply:
+    """`apply` that raises ValueError when it is called again with sinks: each takes the gradient of one pass."""
+    passes = []
+
+    def counted(params, *args, **kwargs):
+        if SINKS in params:
+            passes.append(params)
+        if len(passes) > 1:
+            raise ValueError("config.optimizer.sparse_tables takes the gradient of one pass of the model a step, and "
+                             "this objective makes several; set config.optimizer.sparse_tables=None")
+        return apply(params, *args, **kwargs)
+
+    return counted

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from lm.core.tables import SINKS
 from lm.core.types import State
 from lm.layers.experts.numbering import Numbering
 from lm.layers.experts.options import check_counts, check_momentum
@@ -11,10 +12,13 @@ from lm.layers.experts.shards import check_rows
 
 
 class ByProductKeys:
-    """Mixed into a layer with the fields of `ProductKeys`. kind: its name; rows: its field with the number of rows."""
+    """Mixed into a layer with the fields of `ProductKeys`. kind: its name; rows: its field with the number of rows;
+    table: its parameter that has them, with the logical axes table_axes."""
 
     kind: ClassVar[str]
     rows: ClassVar[str]
+    table: ClassVar[str]
+    table_axes: ClassVar[tuple[str | None, ...]]
     numbering: ClassVar[Numbering] = "grid"
     active_keys: ClassVar[int | None] = None
 
@@ -47,6 +51,10 @@ class ByProductKeys:
         return ProductKeys(self.num_rows, self.num_heads, self.top_k, self.dim(embed_dim), self.query_norm, self.gate,
                            self.per_head_keys, self.momentum, self.implementation, self.numbering, self.active_keys,
                            parent=None)
+
+    def sink(self) -> Any:
+        """Where the gradient of the table is wanted as rows (`lm.core.tables`), or None."""
+        return self.get_variable(SINKS, self.table) if self.has_variable(SINKS, self.table) else None
 
     @property
     def granularity(self) -> int:

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from lm.core.sharding import current_mesh
+from lm.core.tables import RowSink, deliver
 from lm.core.tally import Moments, Usage
 from lm.core.types import Array, Aux, Mean
 from lm.layers.experts.product_keys import ProductKeys, RouterArrays, choose, query_moments
 from lm.layers.experts.shards import CHUNK_BYTES, Split, on_shards, over_chunks, split_of, total
+from pallas_kernels.peer_experts.rows import TouchedRows
 
 OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured: it sorts every token's ids
 
@@ -21,22 +24,25 @@ OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured:
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
     """spec: the router. combine: (x [1, M, D], ids, gates [1, M, H, k], table) -> [1, M, D], where ids outside of the
-    table choose nothing. training: a batch norm takes the batch's statistics (with a momentum of 1 always the running
-    ones). chunk: tokens at a time, None by memory. usage_tokens: of a device's chunk, whose choices are counted; None
-    is all. window: see `Usage`."""
+    table choose nothing. combine_rows: the same of (..., sink), with the touched rows, as
+    `pallas_kernels.peer_experts.peer_experts_with_sink` gives them. training: a batch norm takes the batch's statistics
+    (with a momentum of 1 always the running ones). chunk: tokens at a time, None by memory. usage_tokens: of a device's
+    chunk, whose choices are counted; None is all. window: see `Usage`."""
 
     spec: ProductKeys
     combine: Callable[[Array, Array, Array, Array], Array]
+    combine_rows: Callable[[Array, Array, Array, Array, Array], tuple[Array, TouchedRows]]
     training: bool
     chunk: int | None
     usage_tokens: int | None
     window: int
 
-    def __call__(self, x: Array, present: Array, router: RouterArrays, table: Array) -> tuple[Array, Aux]:
-        """(y [B, T, D], tally) of x [B, T, D], present [B, T] and the table [N, ...]."""
+    def __call__(self, x: Array, present: Array, router: RouterArrays, table: Array,
+                 sink: RowSink | Array | None = None) -> tuple[Array, Aux]:
+        """(y [B, T, D], tally) of x [B, T, D], present [B, T] and the table [N, ...]. sink: see `lm.core.tables`."""
         split = split_of(x.shape, self.spec.num_heads, table.shape[0])
         if split is None:
-            return self.local(Split(), x, present, router, table)
+            return self.local(Split(), x, present, router, table, sink)
         tokens, head = P(split.batch, split.length), P(split.heads)
         keys = P(None, split.heads) if self.spec.per_head_keys else P()
         arrays = RouterArrays(P(None, split.heads), (P(), P(None, split.heads)), head, head, keys, head, head)
@@ -44,16 +50,20 @@ class Retrieval:
         tally = {"usage": Usage(P(split.rows), self.window), "entropy": Mean(P(), P()), "overlap": Mean(P(), P())}
         if self.counts_moments:
             tally["router"] = {"queries": Moments(P(), head, head, self.spec.momentum)}
-        run = on_shards(lambda *args: self.local(split, *args), (tokens, tokens, arrays, P(split.rows)),
+        others = tuple(axis for axis in current_mesh().axis_names if axis != split.rows)
+        parts = P(others, split.rows)
+        sinks = RowSink(parts, parts, parts) if isinstance(sink, RowSink) else None if sink is None else P(split.rows)
+        run = on_shards(lambda *args: self.local(split, *args), (tokens, tokens, arrays, P(split.rows), sinks),
                         (tokens, tally))
-        return run(x, present, router, table)
+        return run(x, present, router, table, sink)
 
     @property
     def counts_moments(self) -> bool:
         """Whether the tokens of a call are what the running statistics of the queries are made from."""
         return self.training and self.spec.query_norm == "batch" and self.spec.momentum < 1
 
-    def local(self, split: Split, x: Array, present: Array, router: RouterArrays, table: Array) -> tuple[Array, Aux]:
+    def local(self, split: Split, x: Array, present: Array, router: RouterArrays, table: Array,
+              sink: RowSink | Array | None) -> tuple[Array, Aux]:
         """One device's part: its tokens, the heads and rows that it owns; outputs and sums are whole."""
         B, T, D = x.shape
         x, present = x.reshape(1, B * T, D), present.reshape(1, B * T)
@@ -71,9 +81,17 @@ class Retrieval:
         def some(x, here):
             ids, gates, entropy = choose(x, here, router, self.spec)
             own = jnp.where((ids >= first) & (ids < first + rows), ids - first, -1)
-            return self.combine(x, own, gates, table), self.measured(split, here, ids, own, gates, entropy, rows)
+            sums = self.measured(split, here, ids, own, gates, entropy, rows)
+            if isinstance(sink, RowSink):
+                return (own, gates), sums
+            y = self.combine(x, own, gates, table)
+            if sink is not None:
+                y = deliver(y, sink, jnp.zeros_like(sink).at[jnp.where(own < 0, rows, own)].add(1, mode="drop"))
+            return y, sums
 
         y, sums = over_chunks(some, size, x, present)
+        if isinstance(sink, RowSink):  # rows of all tokens have places in one sink; sorting pairs takes no more memory
+            y = self.into_rows(x, *y, table, sink)
         y = total(y, split.rows, split.heads).reshape(B, T, D)
         over = {"usage": (split.tokens, split.heads), "entropy": (split.tokens, split.heads),
                 "overlap": (split.tokens,)}
@@ -81,6 +99,13 @@ class Retrieval:
         if moments is not None:
             tally["router"] = {"queries": jax.lax.stop_gradient(moments)}
         return y, tally
+
+    def into_rows(self, x: Array, ids: Array, gates: Array, table: Array, sink: RowSink) -> Array:
+        """y [1, M, D], whose gradient with respect to the table goes into this device's part of the sink."""
+        mine = jax.tree.map(lambda a: a[0, 0], sink)
+        y, touched = self.combine_rows(x, ids, gates, table, mine.rows)
+        found = jnp.where(touched.ids < table.shape[0], touched.ids + 1, 0)
+        return deliver(y, (mine.ids, mine.uses), (found.astype(mine.ids.dtype), jnp.ones_like(mine.uses)))
 
     def token_bytes(self, router: RouterArrays) -> int:
         """Bytes of temporaries a token, about: float32 queries and their gradients, and a few numbers a chosen row."""

@@ -62,8 +62,9 @@ def total(tree: Any, *parts: Any) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def over_chunks(fn: Callable[..., tuple[Array, Any]], size: int, *arrays: Array) -> tuple[Array, Any]:
-    """(y, sums) of fn(*arrays) with at most `size` of their tokens at a time, arrays [1, M, ...], y [1, M, ...].
+def over_chunks(fn: Callable[..., tuple[Any, Any]], size: int, *arrays: Array) -> tuple[Any, Any]:
+    """(y, sums) of fn(*arrays) with at most `size` of their tokens at a time, arrays [1, M, ...]; y is one, or a tree
+    of them.
 
     Only the arrays are kept for the backward pass, which runs each chunk again: temporaries are those of one chunk. The
     sums are added up. What `fn` closes over gets its gradient in one buffer, to which every chunk adds.
@@ -87,7 +88,7 @@ def over_chunks(fn: Callable[..., tuple[Array, Any]], size: int, *arrays: Array)
         return jax.tree.map(jnp.add, sums, found), y
 
     sums, y = jax.lax.scan(body, sums, parts)
-    return y.reshape(1, count * size, *y.shape[3:])[:, :M], sums
+    return jax.tree.map(lambda a: a.reshape(1, count * size, *a.shape[3:])[:, :M], y), sums
 
 
 def check_rows(name: str, rows: int, mesh: Mapping[str, int], *, square: bool) -> None:

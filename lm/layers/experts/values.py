@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lm.core.types import Array
 from pallas_kernels.chunks import over_time
-from pallas_kernels.peer_experts.rows import sort_pairs, sum_pairs
+from pallas_kernels.peer_experts.rows import SortedPairs, TouchedRows, compact, sort_pairs, sum_pairs
 
 CHUNK_BYTES = 1 << 24  # gathered rows that exist at a time
 
@@ -19,9 +19,21 @@ def weighted_rows(ids: Array, gates: Array, table: Array) -> Array:
 
     Gradients: gates, and the table, dense; its sums run over sorted pairs, in a fixed order.
     """
+    return _sum(*_known(ids, gates, table), table)
+
+
+def weighted_rows_with_sink(ids: Array, gates: Array, table: Array, sink: Array) -> tuple[Array, TouchedRows]:
+    """`weighted_rows`, and the ids of the rows that were chosen; the gradient of `sink` [min(M H k, N), D], which is
+    zeros, is that of these rows, and the table gets none."""
+    ids, gates = _known(ids, gates, table)
+    pairs, touched = compact(sort_pairs(ids), table.shape[0])
+    return _sum_with_sink(ids, gates, jax.lax.stop_gradient(table), sink, pairs), touched
+
+
+def _known(ids: Array, gates: Array, table: Array) -> tuple[Array, Array]:
     known = (ids >= 0) & (ids < table.shape[0])
     flat = lambda a: a.reshape(*a.shape[:2], -1)
-    return _sum(flat(jnp.where(known, ids, table.shape[0])), flat(jnp.where(known, gates, 0)), table)
+    return flat(jnp.where(known, ids, table.shape[0])), flat(jnp.where(known, gates, 0))
 
 
 @jax.custom_vjp
@@ -40,18 +52,41 @@ def _forward(ids, gates, table):
 
 def _backward(saved, dy):
     ids, gates, table = saved
+    dgates, dtable = _gradients(ids, gates, table, dy, sort_pairs(ids), table.shape[0])
+    return None, dgates, dtable.astype(table.dtype)
 
+
+_sum.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _sum_with_sink(ids: Array, gates: Array, table: Array, sink: Array, pairs: SortedPairs) -> Array:
+    return _sum(ids, gates, table)
+
+
+def _with_sink_forward(ids, gates, table, sink, pairs):
+    return _sum(ids, gates, table), (ids, gates, table, sink, pairs)
+
+
+def _with_sink_backward(saved, dy):
+    ids, gates, table, sink, pairs = saved
+    dgates, dsink = _gradients(ids, gates, table, dy, pairs, sink.shape[0])
+    return None, dgates, None, dsink.astype(sink.dtype), None
+
+
+_sum_with_sink.defvjp(_with_sink_forward, _with_sink_backward)
+
+
+def _gradients(ids: Array, gates: Array, table: Array, dy: Array, pairs: SortedPairs,
+               num_rows: int) -> tuple[Array, Array]:
+    """Of gates, and of the rows, [num_rows, D], that the pairs are added to."""
     def chunk(ids, dy):
         return jnp.einsum("btd,btpd->btp", dy, _rows(table, ids, dy.dtype), precision="highest")
 
     dgates = over_time(chunk, _length(ids, table), ids, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     weights = gates.reshape(-1, gates.shape[-1], 1).astype(dy.dtype)
-    dtable = sum_pairs(sort_pairs(ids), weights, flat, flat, table.shape[0])[:, 0]
-    return None, dgates.astype(gates.dtype), dtable.astype(table.dtype)
-
-
-_sum.defvjp(_forward, _backward)
+    return dgates.astype(gates.dtype), sum_pairs(pairs, weights, flat, flat, num_rows)[:, 0]
 
 
 def _rows(table: Array, ids: Array, dtype: jnp.dtype) -> Array:
