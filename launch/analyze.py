@@ -1,4 +1,4 @@
-"""`lm analyze decay|trace`: pictures and numbers of what a trained model does inside."""
+"""`lm analyze decay|trace|experts`: pictures and numbers of what a trained model does inside."""
 
 import argparse
 import json
@@ -9,8 +9,9 @@ from lm.core.fields import did_you_mean
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm analyze`."""
-    parser.add_argument("what", metavar="decay|trace", help="decay: how fast the channels of each layer forget; trace: "
-                        "which layer and token bring an answer back after the subject was corrupted")
+    parser.add_argument("what", metavar="decay|trace|experts", help="decay: how fast the channels of each layer "
+                        "forget; trace: which layer and token bring an answer back after the subject was corrupted; "
+                        "experts: how evenly experts are used, and the tokens that choose one most")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="the averaged parameters")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: <workdir>/analysis)")
@@ -22,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the corruption, in standard deviations of the embeddings (default: 3)")
     group.add_argument("--draws", type=int, default=4, metavar="N", help="of the noise, averaged (default: 4)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
+    from launch import analyze_experts
+    analyze_experts.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
 
     from launch.config_workdir import write_text
     from launch.restore import open_run
-    run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
+    unrolled = (*args.overrides, ("model.scan", False)) if args.what == "experts" else args.overrides
+    run = open_run(args.workdir, args.step, overrides=unrolled, ema=args.ema)
     picture, numbers, lines = WHAT[args.what](run, args)
     folder = epath.Path(args.out or epath.Path(args.workdir) / "analysis")
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,4 +111,10 @@ def tokens_of(tokenizer: Any, ids: Any, text: str, part: str) -> tuple[int, int]
     return inside[0], inside[-1] + 1
 
 
-WHAT = {"decay": decay, "trace": trace}
+def experts(run: Any, args: argparse.Namespace) -> tuple[bytes, dict[str, Any], list[str]]:
+    """(figure, numbers, lines to print) of the layers that retrieve experts by product keys."""
+    from launch.analyze_experts import experts as compute
+    return compute(run, args)
+
+
+WHAT = {"decay": decay, "trace": trace, "experts": experts}

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,26 @@ def draw_trace(trace: Trace, tokens: Sequence[str], subject: tuple[int, int], ti
     axes.set_yticks(range(count), names, fontsize=8)
     axes.set(xlabel="restored layer", title=title)
     figure.colorbar(image, label=f"log p(answer); clean {trace.clean:.2f}, corrupted {trace.corrupted:.2f}")
+    return _png(figure)
+
+
+def draw_experts(scores: Mapping[str, np.ndarray], title: str) -> bytes:
+    """One curve a layer: its experts' shares of the router's weight, times their number, from the most used on."""
+    figure, axes = _figure((7, 4.5))
+    colors = _colormap()(np.linspace(0, 0.85, len(scores)))
+    lowest = 1.0
+    for (layer, found), color in zip(scores.items(), colors, strict=True):
+        share = np.sort(found)[::-1] * len(found) / max(found.sum(), 1e-30)
+        used = share[share > 0]
+        lowest = min([lowest, *used])
+        axes.plot((np.arange(len(used)) + 0.5) / len(found), used, color=color, linewidth=1.4,
+                  label=f"{layer}: {len(used) / len(found):.1%} of {len(found):,} used")
+    axes.axhline(1, color="#555555", linewidth=1.0, linestyle="--", label="all alike")
+    axes.set(xlabel="experts, from the most used on (share of all)", ylabel="weight, times an even share", title=title,
+             yscale="log", xlim=(0, 1), ylim=(max(lowest, 1e-4) * 0.8, None))
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     return _png(figure)
 
 

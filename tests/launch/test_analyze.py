@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from launch import cli
 from launch import config as configs
@@ -12,7 +13,7 @@ from launch.analyze import tokens_of
 from launch.restore import Run
 from lm.core.sharding import make_mesh
 from lm.data.tokenizer import build_tokenizer
-from lm.models.build import build_model, init_params, make_apply
+from lm.models.build import abstract_params, build_model, init_params, make_apply
 
 TEXT = "the loom weaves"
 
@@ -74,3 +75,47 @@ def test_a_part_that_no_token_holds_is_refused():
 def test_mistakes(words, says, capsys):
     assert cli.main(["analyze", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_experts(monkeypatch):
+    """What is asked of `open_run` is kept: the stack has to be unrolled."""
+    tokenizer, asked = build_tokenizer("bytes"), []
+    config = configs.resolve(dict(
+        model=dict(embed_dim=16, num_layers=2, pattern=("peer",), peer=dict(num_experts=16, num_heads=2, top_k=2),
+                   dtype="float32", scan=False), train=dict(batch_size=8, seq_len=16),
+        data=dict(source="memory", texts=(TEXT,) * 9, tokenizer="bytes", validation_fraction=0.0)))
+    model = build_model(config.model.to_dict(), tokenizer.vocab_size)
+    mesh, rng = make_mesh({"data": 1}, devices=jax.devices()[:1]), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) ** 2,
+                          nn.meta.unbox(abstract_params(model)))
+    run = Run(config, model, make_apply(model), params, tokenizer, 7, mesh)
+    monkeypatch.setattr("launch.restore.open_run", lambda *args, **kwargs: asked.append(kwargs) or run)
+    return asked
+
+
+def test_experts_lists_the_tokens_that_choose_one_most(with_experts, tmp_path, capsys):
+    assert cli.main(["analyze", "experts", "--workdir", str(tmp_path), "--layer", "layer_1/peer", "--batches",
+                     "1", "--tokens", "3"]) == 0
+    assert ("model.scan", False) in with_experts[0]["overrides"]
+    layer = json.loads((tmp_path / "analysis" / "experts.json").read_text())["layers"]["layer_1/peer"]
+    most, out = max(range(16), key=layer["weight"].__getitem__), capsys.readouterr().out
+    places = layer["chosen_by"][str(most)]
+    assert layer["experts"] == 16 and len(layer["chosen_by"]) == len(places) == 3
+    assert all(place["before"] + place["token"] + place["after"] in TEXT * 3 for place in places)
+    assert f"expert {most}: chosen by" in out and f">{places[0]['token']!r}<" in out
+    assert (tmp_path / "analysis" / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--expert", "16"), "--expert 16: the experts of layer_0/peer, layer_1/peer are 0 to 15"),
+    (("--layer", "layer_2/peer"), "is no layer with experts; did you mean 'layer_1/peer'"),
+    (("--batches", "0"), "--batches must be at least 1")])
+def test_what_is_no_expert_is_refused(with_experts, tmp_path, capsys, words, message):
+    assert cli.main(["analyze", "experts", "--workdir", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_run_without_experts_is_refused(opened, tmp_path, capsys):
+    assert cli.main(["analyze", "experts", "--workdir", str(tmp_path)]) == 2
+    assert "no layer of kind peer or pkm" in capsys.readouterr().err
