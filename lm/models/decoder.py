@@ -72,14 +72,14 @@ class DecoderLM(nn.Module):
         """Forward FLOPs a token in rows of seq_len: every matrix product, the head included; lookups are free."""
         return self.stack.flops_per_token(self.embed_dim, seq_len) + 2.0 * self.embed_dim * self.padded_vocab
 
-    @nn.compact
-    def __call__(self, tokens: Array, state: DecoderState | None = None, *, reset: Array | None = None,
-                 positions: Array | None = None, weights: Array | None = None, key: Key | None = None) -> Output:
     def passes(self, seq_len: int, backward: float = 2.0) -> float:
         """What a training step costs in forward passes, where the backward pass of what it goes through costs so many:
         2, or 1 where kernels are frozen."""
         return 1.0 + backward
 
+    @nn.compact
+    def __call__(self, tokens: Array, state: DecoderState | None = None, *, reset: Array | None = None,
+                 positions: Array | None = None, weights: Array | None = None, key: Key | None = None) -> Output:
         B, T = tokens.shape
         if state is None:
             state = self.initial_state(B)
@@ -111,7 +111,7 @@ class DecoderLM(nn.Module):
             if self.tie_embeddings or "head" not in self.variables.get("lora", {}):
                 return x, head
             adapter = self.variables["lora"]["head"]
-            return with_adapter(x, head, adapter["a"], adapter["b"])
+            return with_adapter(x, head, adapter["a"], adapter["b"], adapter.get("magnitude"))
 
         x, after, aux = self.layers(x, state.stack, ctx, adapted)
         return Output(*adapted(x), DecoderState(following, after), aux)
