@@ -21,7 +21,8 @@ ALLOWED = {
     "lm.tasks": {"lm.core", "lm.data", "lm.losses", "lm.eval", "lm.generate"},
     "lm.train": {"lm.core", "lm.tasks", "lm.optim", "lm.adapters", "lm.losses"},
     "lm.analysis": {"lm.core", "lm.layers"},
-    "lm.claims": {"lm.core", "lm.models", "pallas_kernels"},
+    "lm.claims": {"lm.core", "lm.data", "lm.eval", "lm.generate", "lm.losses", "lm.models", "lm.optim", "lm.tasks",
+                  "lm.train", "pallas_kernels"},
     "experiments": set(),
     "launch": {"lm", "experiments", "pallas_kernels"},
 }
