@@ -5,8 +5,8 @@ Claim: From a model that writes both styles alike, every preference loss learns 
 Command: lm claim preference_family --workdir runs/claims/preference_family
 Hardware: 2 CPU cores.
 Expected: trials of one seed gave accuracies of 0.94 (orpo), 0.97 (dpo) and 0.96 (simpo), a length baseline of 0.65,
-    good marks from 0.60 to 0.81, 1.00 and 0.99, divergences of 0.19, 1.04 and 1.22 nats a token, and responses longer by
-    0.34, 0.59 and 0.60 contents. The limits were set by these.
+    good marks from 0.60 to 0.81, 1.00 and 0.99, divergences of 0.19, 1.04 and 1.22 nats a token, and responses longer
+    by 0.34, 0.59 and 0.60 contents. The limits were set by these.
 
 Two layers of width 64. First 300 steps of next-token prediction on both responses, then 150 steps of the loss with the
 settings that are its defaults, one learning rate for all; the model in between is the reference. Responses repeat the
