@@ -1,16 +1,29 @@
 """What a config trains beside a frozen model: low-rank adapters, initial states, or both."""
 
+import dataclasses
 from typing import Any
 
 from lm.data.synthetic import TASKS
 
 SINGLE = "single"
-FROZEN = {"match": r"^(?!lora/|state/)", "freeze": True}
+FROZEN = {"match": r"^(?!lora/|state/|memory/)", "freeze": True}  # what a feedback memory starts from is always new
 
 
 def used(train: Any) -> bool:
     """Whether these options of the group `train` leave the model's own parameters as they are."""
     return train.lora_rank is not None or train.state_tuning
+
+
+def rules(train: Any, optimizer: Any) -> Any:
+    """The optimizer's options for these: the model itself is frozen, and `a` of every adapter, of which the factor
+    lora_alpha / lora_rank is a part, takes steps that are as much larger."""
+    after: tuple[dict[str, Any], ...] = ()
+    factor = 1.0 if train.lora_alpha is None or train.lora_rank is None else train.lora_alpha / train.lora_rank
+    if factor != 1.0:
+        # A step of sgd is as large as the gradient, which is smaller by the factor.
+        after = ({"match": r"^lora/.*/a$", "lr_multiplier": factor**2 if optimizer.name == "sgd" else factor,
+                  "weight_decay": optimizer.weight_decay / factor**(2 if optimizer.name == "sgd" else 1)},)
+    return dataclasses.replace(optimizer, rules=(FROZEN, *optimizer.rules, *after))
 
 
 def beside(train: Any, model: Any, params: Any, key: Any) -> dict[str, Any]:
@@ -21,7 +34,7 @@ def beside(train: Any, model: Any, params: Any, key: Any) -> dict[str, Any]:
     out = {}
     if train.lora_rank is not None:
         from lm.adapters.lora import init_lora
-        out["lora"] = init_lora(key, params, train.lora_rank, train.lora_match)
+        out["lora"] = init_lora(key, params, train.lora_rank, train.lora_match, train.lora_alpha, train.dora)
     if train.state_tuning:
         from lm.models.state_tuning import init_states
         out["state"] = init_states(model)

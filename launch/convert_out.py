@@ -1,4 +1,4 @@
-"""From a run to the folder that transformers loads, or to a file with BlinkDL's names."""
+"""From a run to the folder that transformers or PEFT loads, to a file with BlinkDL's names, or to a run."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import numpy as np
 
 from launch import config as configs
 from launch.config_workdir import check_place
+from launch.convert_adapters import split, write_peft, write_run
 from launch.convert_in import SOURCE_FILE, staged
 from lm.core.tree import num_params
 from lm.data.corpora import load_tokenizer
@@ -37,10 +38,15 @@ def write_out(args: argparse.Namespace) -> str:
     note = ""
     with staged(out) as stage:
         params, step = restore_params(args.workdir, None, args.step, ema=args.ema)
-        if "lora" in params or "state" in params:
-            raise ValueError(f"{args.workdir} holds adapters or initial states beside its weights, for which others "
-                             f"have no names; convert the run that it started from (config.train.init_from), as no "
-                             f"command adds adapters up yet")
+        params, lora = split(params, args.merge, args.to == "peft", args.workdir)
+        if args.to == "peft":
+            count = write_peft(stage, group, lora, vocab, config.train.seq_len, cast(dtype))
+            return (f"step {step} of {args.workdir}: {num_params(lora):,} parameters of adapters in {count} tensors, "
+                    f"{dtype} -> {args.out}")
+        if args.to == "run":
+            write_run(stage, config, params, source)
+            return (f"step {step} of {args.workdir}: {num_params(params):,} parameters, adapters added, float32 -> "
+                    f"{args.out}")
         if args.to == "blinkdl":
             tensors = to_blinkdl(group, params, vocab, cast(dtype))
             write_safetensors(stage, tensors)

@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 from typing import Any
 
-from absl import logging
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm train`."""
@@ -51,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         return train(prepared.experiment(args.workdir), args.workdir, prepared.mesh, options=prepared.options,
                      checkpoint=configs.options(config, "checkpoint"), log=configs.options(config, "log"),
                      schedule=Schedule(evaluation.every, evaluation.final), profile=args.profile,
-                     start=lambda state: with_reference(config, prepared.start(state)), begun=begun)
+                     start=lambda state: with_reference(config, prepared.start(state, args.workdir)), begun=begun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Prepared:
     train_set: Any
     headline: str
     goldfish: Any = None  # lm.core.goldfish.Goldfish, where the train step makes the mask
+    began: dict = dataclasses.field(default_factory=dict)  # "base": see `lm.train.base`, once the run has begun
 
     def experiment(self, workdir: str) -> Any:
         """The `lm.train.loop.Experiment` of this run."""
@@ -107,17 +106,13 @@ class Prepared:
         rows = jnp.uint32(self.options.batch_size)
         return lambda batch, step: masked(self.goldfish, batch, step.astype(jnp.uint32) * rows)
 
-    def start(self, state: Any) -> Any:
+    def start(self, state: Any, workdir: str) -> Any:
         """A fresh state with another run's parameters, where the config asks for them."""
         if self.options.init_from is None:
             return state
-        from lm.train.checkpoint import restore_params
-        from lm.train.init_from import take_over
-        other, step = restore_params(self.options.init_from, None)
-        params, report = take_over(state.params, other)
-        logging.info("from step %d of %s: %s", step, self.options.init_from, report)
-        ema = None if state.ema is None else take_over(state.ema, other)[0]
-        return state._replace(params=params, ema=ema)
+        from launch.start import from_run
+        state, self.began["base"] = from_run(self.options, state, workdir)
+        return state
 
 
 def prepare(config: Any) -> Prepared:
@@ -157,7 +152,7 @@ def prepare(config: Any) -> Prepared:
     if adapters.used(options):
         boxed |= jax.eval_shape(lambda: adapters.beside(options, model, nn.meta.unbox(boxed["params"]),
                                                         jax.random.key(0)))
-        optimizer_options = dataclasses.replace(optimizer_options, rules=(adapters.FROZEN, *optimizer_options.rules))
+        optimizer_options = adapters.rules(options, optimizer_options)
     shapes = nn.meta.unbox(boxed)
 
     def init(key):

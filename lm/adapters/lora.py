@@ -2,7 +2,8 @@
 
 Adapters are a tree of their own, `variables["lora"]`, with the names of the parameters: beside
 `stack/pattern_0/attention/query/kernel` [R, in, out] stand `.../query/a` [R, in, r] and `.../query/b` [R, r, out].
-The output head stores its kernel as [V, D]; its adapter is a [D, r], b [r, V] all the same.
+The output head stores its kernel as [V, D]; its adapter is a [D, r], b [r, V] all the same. With a magnitude (DoRA, Liu
+et al. 2024, arXiv:2402.09353) `.../query/magnitude` [R, out] stands there too: the length of each output's column.
 """
 
 import difflib
@@ -14,22 +15,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.core.low_rank import column_norm, column_scale
 from lm.core.tree import is_stacked, named_leaves
 
 HEAD = "head/kernel"  # the one kernel that is stored as [out, in]
 
 
-def init_lora(key: jax.Array, params: Any, rank: int, match: str, alpha: float | None = None) -> dict[str, Any]:
+def init_lora(key: jax.Array, params: Any, rank: int, match: str, alpha: float | None = None,
+              magnitude: bool = False) -> dict[str, Any]:
     """Adapters for every kernel whose name the regular expression `match` finds.
 
     a is normal with standard deviation alpha / (rank sqrt(in)) and b is zero, so the model computes what it did before.
-    The usual factor alpha / rank is thus part of a (alpha None: 1); nothing has to be remembered to merge.
+    The usual factor alpha / rank is thus part of a (alpha None: 1); nothing has to be remembered to merge. (It learns
+    as with the factor outside where a's learning rate is multiplied by it, under optimizers that do not see the scale
+    of gradients; `lm train` does so.)
 
     Args:
       key: each kernel folds its name in, and each stacked layer its index, so that an adapter does not depend on which
         others are made.
       params: arrays or shapes, `variables["params"]`; only kernels, [in, out] or stacked [R, in, out], are matched.
         Embedding tables, also where the head is tied to them, have no adapter.
+      magnitude: add the lengths of the kernels' columns, which then learn apart from their directions (zeros where
+        `params` are shapes).
 
     Raises ValueError for a rank below 1, and where no kernel is matched (naming the nearest).
     """
@@ -55,7 +62,21 @@ def init_lora(key: jax.Array, params: Any, rank: int, match: str, alpha: float |
             node = node.setdefault(part, {})
         node["a"] = a
         node["b"] = jnp.zeros((*a.shape[:-2], rank, fan_out), a.dtype)
-    return tree
+        if magnitude:
+            node["magnitude"] = jnp.zeros((*a.shape[:-2], fan_out), jnp.float32)
+    shapes = any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels.values())
+    return measured(params, tree) if magnitude and not shapes else tree
+
+
+def measured(params: Any, lora: Any, path: tuple[str, ...] = ()) -> Any:
+    """`lora` with every magnitude set to what the kernel and its adapter have now: the same function as without.
+
+    For magnitudes of other parameters than those that they were made from.
+    """
+    if "a" in lora and "b" in lora:
+        kernel = params["kernel"].mT if "/".join((*path, "kernel")) == HEAD else params["kernel"]
+        return {**lora, "magnitude": column_norm(kernel, lora["a"], lora["b"])} if "magnitude" in lora else lora
+    return {part: measured(params[part], below, (*path, part)) for part, below in lora.items()}
 
 
 def _dimensions(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -75,7 +96,13 @@ def merge(params: Any, lora: Any) -> Any:
 
 
 def unmerge(params: Any, lora: Any) -> Any:
-    """The inverse of `merge` with the same adapters, up to rounding."""
+    """The inverse of `merge` with the same adapters, up to rounding.
+
+    Raises ValueError for adapters with a magnitude: merging forgets the lengths that the columns had.
+    """
+    if any(name.split("/")[-1] == "magnitude" for name in named_leaves(lora)):
+        raise ValueError("adapters with a magnitude (DoRA) cannot be taken out again: merging forgets the lengths that "
+                         "the columns had; keep the parameters from before")
     return _add(params, lora, -1)
 
 
@@ -89,7 +116,12 @@ def _add(params: Mapping[str, Any], lora: Mapping[str, Any], sign: int, path: tu
         delta = delta.mT if name == HEAD else delta
         if delta.shape != params["kernel"].shape:
             raise ValueError(f"the adapter of {name} makes {delta.shape}, the kernel is {params['kernel'].shape}")
-        params["kernel"] = (params["kernel"] + sign * delta).astype(params["kernel"].dtype)
+        kernel = params["kernel"] + sign * delta
+        if "magnitude" in lora:
+            before = params["kernel"].mT if name == HEAD else params["kernel"]
+            scale = column_scale(before, lora["a"], lora["b"], lora["magnitude"])
+            kernel = kernel * (scale[..., :, None] if name == HEAD else scale[..., None, :])
+        params["kernel"] = kernel.astype(params["kernel"].dtype)
         return params
     for part, below in lora.items():
         if part not in params:

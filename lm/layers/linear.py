@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.core.low_rank import column_scale
 from lm.core.sharding import constrain, current_mesh
 from lm.core.types import Array, Head
 
@@ -35,8 +36,9 @@ def matmul(x: Array, kernel: Array) -> Array:
 class Dense(nn.Module):
     """y = x @ kernel + bias over the last axis, in the dtype of x.
 
-    Where the `lora` collection holds (a, b) beside the kernel, y gains x @ a @ b (Hu et al. 2021, eq. 3): adapters are
-    data, present or absent, never a flag.
+    Where the `lora` collection holds (a, b) beside the kernel, y gains x @ a @ b (Hu et al. 2021, eq. 3), and where it
+    holds a magnitude, each output then has its column's length (DoRA): adapters are data, present or absent, never a
+    flag.
     """
 
     features: int
@@ -61,6 +63,9 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+            if self.has_variable("lora", "magnitude"):
+                scale = column_scale(kernel, a, b, self.get_variable("lora", "magnitude"))
+                y = y * scale.astype(x.dtype)
         y = y if bias is None else y + bias.astype(x.dtype)
         return self.pinned(y)
 
@@ -150,10 +155,13 @@ class OutputHead(nn.Module):
         return self.param("kernel", nn.with_logical_partitioning(init, ("vocab", "embed")), (self.rows, embed_dim))
 
 
-def with_adapter(hidden: Array, head: Head, a: Array, b: Array) -> tuple[Array, Head]:
+def with_adapter(hidden: Array, head: Head, a: Array, b: Array, magnitude: Array | None = None) -> tuple[Array, Head]:
     """A head with a low-rank adapter, as a wider head: x @ (W + a b) = [x, x a] @ [W; b], exact and never [D, V].
 
-    hidden: [B, T, D]; head.kernel: [V, D]; a: [D, r]; b: [r, V].
+    hidden: [B, T, D]; head.kernel: [V, D]; a: [D, r]; b: [r, V]; magnitude: [V], the length of each token's row.
     """
     wider = jnp.concatenate([hidden, hidden @ a.astype(hidden.dtype)], axis=-1)
-    return wider, head._replace(kernel=jnp.concatenate([head.kernel, b.T.astype(head.kernel.dtype)], axis=-1))
+    kernel = jnp.concatenate([head.kernel, b.T.astype(head.kernel.dtype)], axis=-1)
+    if magnitude is not None:
+        kernel = kernel * column_scale(head.kernel.T, a, b, magnitude)[:, None].astype(kernel.dtype)
+    return wider, head._replace(kernel=kernel)

@@ -1,13 +1,14 @@
 """Checkpoints: step, parameters, optimizer, objective's carry, RNG and the position in the data, as one unit.
 
 <workdir>/checkpoints/<step>/state holds the arrays, .../meta what identifies the data. Orbax writes into a temporary
-folder and renames it when everything is there, so that a half-written checkpoint is never chosen.
+folder and renames it when everything is there, so that a half-written checkpoint is never chosen. Where meta names a
+`base`, the frozen parameters are read from that run (`lm.train.base`), and nothing of them is here.
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lm.core.tree import named_leaves
+from lm.train import base as bases
+from lm.train.base import FOLDER
 from lm.train.options import CheckpointOptions
 from lm.train.state import TrainState
 
 log = logging.getLogger(__name__)
-
-FOLDER = "checkpoints"
 
 
 def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
@@ -62,9 +63,12 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any],
              metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save the state after `step` updates; does nothing where that step is saved already."""
+        """Starts to save the state after `step` updates; does nothing where that step is saved already. Where meta
+        names a `base`, what that run has is left out."""
         if step in self._manager.all_steps():
             return
+        if meta.get("base") is not None:
+            state = _replaced(state, bases.apart)
         best = {name: value for name, value in (metrics or {}).items() if name == self._options.best_metric}
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
                                                          meta=ocp.args.JsonSave(dict(meta))), metrics=best or None)
@@ -72,18 +76,25 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """(state, meta) of a step, the newest by default, on the devices and in the shardings that `abstract` names."""
         step = self._choose(step)
+        base = bases.base_of(self._folder / str(step))
+        held = abstract if base is None else _replaced(abstract, bases.apart)
         try:
-            wrong = misfit(saved_shapes(self._folder / str(step)), abstract)
+            wrong = misfit(saved_shapes(self._folder / str(step)), held)
             if wrong:
                 raise ValueError(wrong)
             out = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()))
+                state=ocp.args.StandardRestore(held), meta=ocp.args.JsonRestore()))
         except (ValueError, KeyError, FileNotFoundError) as error:
             # Libraries add pages about the file that they were reading; the first line says what is wrong.
             raise ValueError(f"checkpoint {self._folder / str(step)} does not fit this config or is damaged: "
                              f"{next(iter(str(error).splitlines()), type(error).__name__)}. Start with the config it "
                              f"was made by, or delete that folder to go on from the one before") from error
-        return TrainState(*out["state"]), dict(out["meta"])
+        state = TrainState(*out["state"])
+        if base is not None:
+            frozen = _base_params(self._folder.parent, base, bases.own(abstract.params))
+            state = state._replace(params={**frozen, **state.params}, ema=state.ema and {
+                **jax.tree.map(jnp.copy, frozen), **state.ema})
+        return state, dict(out["meta"])
 
     def _choose(self, step: int | None) -> int:
         steps = self.steps
@@ -118,6 +129,11 @@ def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Ite
     finally:
         checkpoints.close()
         checkpoints.remove_if_empty()
+
+
+def _replaced(state: TrainState, part: Callable[[Any], Any]) -> TrainState:
+    """The state with a part of its variables."""
+    return state._replace(params=part(state.params), ema=state.ema and part(state.ema))
 
 
 def saved_shapes(path: epath.Path) -> Any:
@@ -164,15 +180,30 @@ def restore_params(workdir: epath.PathLike, abstract: Any, step: int | None = No
     if saved.get(name) is None:
         raise ValueError(f"checkpoint {path} holds no {name!r}" + (
             "; it is kept where config.optimizer.ema_decay is set" if ema else ""))
-    wrong = "" if abstract is None else misfit(saved[name], abstract)
+    base = bases.base_of(path.parent)
+    if base is None:
+        return _read(path, name, saved[name], abstract), step
+    frozen = _base_params(epath.Path(workdir), base, None if abstract is None else bases.own(abstract))
+    return {**frozen, **_read(path, name, saved[name], abstract and bases.apart(abstract))}, step
+
+
+def _base_params(workdir: epath.Path, base: Mapping[str, Any], abstract: Any) -> dict[str, Any]:
+    """The frozen variables of a run, from the run that has them."""
+    path = epath.Path(bases.place(base, workdir)) / FOLDER / str(base["step"]) / "state"
+    return _read(path, "params", bases.own(saved_shapes(path.parent)["params"]), abstract)
+
+
+def _read(path: epath.Path, name: str, saved: Any, abstract: Any) -> Any:
+    """The tree `name` of the checkpoint folder `path`, as `abstract` says or whole; saved: its shapes."""
+    wrong = "" if abstract is None else misfit(saved, abstract)
     if wrong:
         raise ValueError(f"checkpoint {path.parent} does not fit this config: {wrong}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         if abstract is None:
-            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved[name])
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved)
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
         else:
             args = ocp.checkpoint_utils.construct_restore_args(abstract)
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(
             item={name: abstract}, partial_restore=True, restore_args={name: args}))
-    return tree[name], step
+    return tree[name]

@@ -46,6 +46,7 @@ class Experiment:
     flops_per_token: forward FLOPs. passes: a step costs this many forward passes, see `lm.train.metrics.mfu`.
     bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
     baselines: name to bits per byte, drawn beside the curve.
+    base: what `lm.train.base` notes of the run that a fresh state's frozen parameters are read from; None saves all.
     mask: takes targets out of a training batch, see `lm.train.step.make_train_step`.
     """
 
@@ -60,6 +61,7 @@ class Experiment:
     passes: float = 3.0
     bytes_per_token: float | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    base: Callable[[], Mapping[str, Any] | None] = lambda: None
     mask: Callable[[Batch, Any], Batch] | None = None
 
 
@@ -92,7 +94,8 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
     with open_checkpoints(workdir, checkpoint) as checkpoints:
         # --- Restore, or start.
-        state, begin = restore_or_create(experiment, checkpoints, mesh, options, start)
+        state, begin, base = restore_or_create(experiment, checkpoints, mesh, options, start)
+        noted = {"data": dict(experiment.data), **({} if base is None else {"base": dict(base)})}
         begun()
         if begin >= options.steps:
             if first_process:
@@ -178,19 +181,20 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
 
 def restore_or_create(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh, options: TrainOptions,
-                      start: Callable[[TrainState], TrainState] | None) -> tuple[TrainState, int]:
-    """(state, steps done): the newest checkpoint, else a fresh state. Raises ValueError where the data are not those
-    that the checkpoint was trained on."""
+                      start: Callable[[TrainState], TrainState] | None
+                      ) -> tuple[TrainState, int, Mapping[str, Any] | None]:
+    """(state, steps done, base): the newest checkpoint, else a fresh state. Raises ValueError where the data are not
+    those that the checkpoint was trained on."""
     if checkpoints.latest is None:
         state = experiment.recipe.create(options.seed, mesh)
-        return (state if start is None else start(state)), 0
+        return (state if start is None else start(state)), 0, experiment.base()
     state, meta = checkpoints.restore(experiment.recipe.abstract(mesh))
     if meta["data"] != json.loads(json.dumps(dict(experiment.data))):
         raise ValueError(f"the data changed since this run was started: it was {meta['data']} and is now "
                          f"{dict(experiment.data)}. Bring the data back, or start in another workdir (--init-from "
                          f"takes the parameters along)")
     logging.info("restored step %d", meta["step"])
-    return state, int(meta["step"])
+    return state, int(meta["step"]), meta.get("base")
 
 
 def scalars(metrics: Mapping[str, Any], bytes_per_token: float | None) -> dict[str, float]:

@@ -26,6 +26,8 @@ class TrainOptions:
     hang_seconds: float | None = option(None, "a step that takes longer (after compilation) ends the run with code 77")
     lora_rank: int | None = option(None, "train adapters of this rank and freeze the rest; None trains everything")
     lora_match: str = option(r".*/kernel", "regular expression of the kernels that get an adapter")
+    lora_alpha: float | None = option(None, "adapters count lora_alpha / lora_rank times; None is once")
+    dora: bool = option(False, "the lengths of the adapted kernels' columns learn too, apart from their directions")
     state_tuning: bool = option(False, "train the initial states of recurrent layers and freeze the rest; needs rows "
                                        "of one document, data.packing='single'")
     init_from: str | None = option(None, "workdir of another run whose parameters are the start")
@@ -44,6 +46,11 @@ class TrainOptions:
             raise ValueError(f"config.train.hang_seconds={self.hang_seconds} must be positive, or None")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"config.train.lora_rank={self.lora_rank} must be at least 1, or None")
+        for name, given in (("lora_alpha", self.lora_alpha is not None), ("dora", self.dora)):
+            if given and self.lora_rank is None:
+                raise ValueError(f"config.train.{name} is about adapters, and there are none; set train.lora_rank")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"config.train.lora_alpha={self.lora_alpha} must be above 0, or None")
         if self.max_skips < 0:
             raise ValueError(f"config.train.max_skips={self.max_skips} must be at least 0")
         try:

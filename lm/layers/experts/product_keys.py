@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.core.low_rank import column_scale
 from lm.core.tally import Moments
 from lm.core.tree import STATS
 from lm.core.types import Array
@@ -64,6 +65,9 @@ class ProductKeys(nn.Module):
         adapter = None
         if query.has_variable("lora", "a"):
             a, b = query.get_variable("lora", "a"), query.get_variable("lora", "b")
+            if query.has_variable("lora", "magnitude"):
+                by_column = column_scale(kernel, a, b, query.get_variable("lora", "magnitude"))
+                kernel, b = kernel * by_column, b * by_column
             adapter = a, b.reshape(-1, H, Q)
 
         def vector(name: str, init: Any) -> Array:

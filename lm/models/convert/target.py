@@ -8,7 +8,7 @@ import numpy as np
 from lm.layers import LAYERS
 from lm.models.build import entry_names, resolve_model
 from lm.models.convert import blinkdl, hf_rwkv, llama
-from lm.models.convert.names import to_names
+from lm.models.convert.names import Layout, to_names
 
 FAMILIES = {("attention/mlp",): llama, ("rwkv4/channel_mix",): hf_rwkv}
 # Fields that do not change what a trained model computes, beyond rounding.
@@ -60,9 +60,8 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     return out
 
 
-def to_hugging_face(given: Mapping[str, Any], params: Mapping[str, Any], vocab_size: int, max_len: int,
-                    cast: Cast) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json, tensors) of a model whose code transformers has: Llama or RWKV-4.
+def layout_of_hugging_face(given: Mapping[str, Any], vocab_size: int, max_len: int) -> tuple[dict[str, Any], Layout]:
+    """(config.json, layout) of a model whose code transformers has: Llama or RWKV-4.
 
     Raises ValueError, naming the fields, where that code would compute something else.
     """
@@ -76,7 +75,14 @@ def to_hugging_face(given: Mapping[str, Any], params: Mapping[str, Any], vocab_s
              if model[name]["kind"] != name]
     hf = {} if kinds else family.hf_config(model, max_len)
     check(kinds or differences(model, explicit(family.model_config(hf), vocab_size)), family.ARCHITECTURE)
-    return hf, to_names(family.layout_of(hf), params, vocab_size, cast)
+    return hf, family.layout_of(hf)
+
+
+def to_hugging_face(given: Mapping[str, Any], params: Mapping[str, Any], vocab_size: int, max_len: int,
+                    cast: Cast) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json, tensors) of a model whose code transformers has; see `layout_of_hugging_face`."""
+    hf, layout = layout_of_hugging_face(given, vocab_size, max_len)
+    return hf, to_names(layout, params, vocab_size, cast)
 
 
 def to_blinkdl(given: Mapping[str, Any], params: Mapping[str, Any], vocab_size: int,
