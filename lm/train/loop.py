@@ -123,7 +123,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
             def save(step: int) -> None:
                 with meter.paused(metrics), watchdog.paused():
-                    checkpoints.save(step, state, {"data": dict(experiment.data), "step": step}, evaluated)
+                    checkpoints.save(step, state, {**noted, "step": step}, evaluated)
 
             put = lambda batch: to_device(batch, mesh, index, count)
             batches = feed(experiment.batches(begin, index, count), put)
