@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from launch import beam
+
 log = logging.getLogger(__name__)
 
 _EXAMPLES = """
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N",
                         help="texts that are written at a time; they do not depend on it (default: 16)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line and text")
+    beam.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -56,10 +59,11 @@ def main(args: argparse.Namespace) -> int:
     from lm.generate.sampling import SamplingOptions
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     options.check()
+    beam.check(args)
     prompts = read_prompts(args.prompt, args.prompt_file)
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
-    return write(run, prompts, options, args)
+    return write(run, prompts, options, args) if args.beams is None else beam.write(run, prompts, args)
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:

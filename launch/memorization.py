@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from launch import config as configs
-from lm.core.fields import build
+from lm.core.fields import fill
 from lm.data.synthetic.recital import CONTROLS
 from lm.data.tokenizer import Tokenizer, special_ids
 from lm.eval.memorization import SET, Memorization, target_nats
@@ -27,7 +27,8 @@ def memorization_of(config: Any, given: Mapping[str, Any], model: DecoderLM, tok
 
     Raises ValueError where there are no texts, or they are too short, or members come without controls.
     """
-    options = build(MemorizationOptions, given, where)
+    options = MemorizationOptions(**fill(MemorizationOptions, given, where))
+    options.check(where)
     data, decode = configs.options(config, "data"), tokenizer.decode
     if options.members is not None:
         texts = [read_texts(path, data, tokenizer) for path in (options.members, options.controls)]
