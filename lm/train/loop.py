@@ -17,6 +17,7 @@ from lm.core.batch import Batch
 from lm.core.types import Apply, Objective, Params
 from lm.train.checkpoint import Checkpoints, open_checkpoints
 from lm.train.exit_codes import DONE, NONFINITE, PREEMPTED
+from lm.train.expert_plot import plot_experts
 from lm.train.feed import data_shard, feed, to_device
 from lm.train.metrics import PerfMeter
 from lm.train.options import CheckpointOptions, LogOptions, TrainOptions
@@ -230,9 +231,10 @@ def report_nonfinite(experiment: Experiment, workdir: epath.Path, step: int, ind
 
 def finish(workdir: epath.Path, step: int, code: int, result: Mapping[str, float | None],
            baselines: Mapping[str, float]) -> None:
-    """Writes final_result.json and the plot of the loss."""
+    """Writes final_result.json and the plots."""
     values = {name: value if value is None or math.isfinite(value) else str(value) for name, value in result.items()}
     (workdir / "final_result.json").write_text(
         json.dumps({"step": step, "exit_code": code, **values, **{f"baseline/{n}": v for n, v in baselines.items()}},
                    indent=2) + "\n")
     plot_loss(workdir, baselines=baselines)
+    plot_experts(workdir)
