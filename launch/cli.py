@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("launch.generate", "sample text from a checkpoint"),
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
     "launch": ("launch.launch", "start a run on this machine, Slurm, TPU VMs, GKE, or a cloud's GPUs"),
+    "sweep": ("launch.sweep", "many runs with different settings: a grid, or a search"),
     "plan": ("launch.plan", "parameters in all and active, and FLOPs a token, of a config's layers"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "grow": ("launch.grow", "more experts for a trained PEER run, as a new run that computes the same"),

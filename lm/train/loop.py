@@ -177,7 +177,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
             checkpoints.wait()
             if first_process:
                 finish(workdir, step, code, {**scalars(metrics, experiment.bytes_per_token), **meter.summary(),
-                                             **evaluated}, experiment.baselines)
+                                             "train/flops": meter.flops(step), **evaluated}, experiment.baselines)
     return code
 
 

@@ -129,3 +129,8 @@ def test_a_batch_that_comes_while_the_devices_work_was_not_waited_for():
         with meter.waiting([Busy(ready)]):
             pass
     assert meter._waited == 2.0
+
+
+def test_flops_count_the_passes_of_all_steps():
+    assert PerfMeter(1000, 2e9, [device()], passes=2.0).flops(7) == 2 * 2e9 * 1000 * 7
+    assert PerfMeter(1000, None, [device()]).flops(7) is None
