@@ -146,7 +146,9 @@ class PerfMeter:
 
     def flops(self, steps: int) -> float | None:
         """Model FLOPs of so many steps (docs/flops.md), None where the model does not tell."""
-        return None if self.flops_per_token is None else self.passes * self.flops_per_token * self.tokens_per_step * steps
+        if self.flops_per_token is None:
+            return None
+        return self.passes * self.flops_per_token * self.tokens_per_step * steps
 
     def _describe(self, step_time: float, data_wait: float) -> dict[str, float | None]:
         speed = self.tokens_per_step / step_time

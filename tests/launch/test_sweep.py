@@ -1,4 +1,4 @@
-"""Sweeps: every trial once, whatever is killed; pruning; what is refused. The training is a stand-in of milliseconds."""
+"""Sweeps: every trial once, whatever is killed; pruning; what is refused. Training is a stand-in of milliseconds."""
 
 import json
 import os
@@ -158,7 +158,8 @@ def test_a_killed_worker_loses_no_trial_and_none_runs_twice_at_once(tmp_path, fa
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--param", "optimizer.learning_rat=1,2"], "did you mean"), (["--param", "optimizer.learning_rate"], "PATH=VALUES"),
+    (["--param", "optimizer.learning_rat=1,2"], "did you mean"),
+    (["--param", "optimizer.learning_rate"], "PATH=VALUES"),
     ([], "varies nothing"), (["--param", "train.steps=10,-3"], "steps"), (["worker"], "it is no sweep"),
     (["shwo"], "did you mean 'show'"), (["worker", "--trials=3"], "leave out --trials")])
 def test_mistakes_are_refused_before_anything_runs(tmp_path, flags, says, capsys):

@@ -63,7 +63,8 @@ def test_what_has_to_resolve_touches_every_value_and_both_ends():
 @pytest.mark.parametrize(("given", "says"), [
     ({}, "varies nothing"), ({"parameters": {LR: [1]}, "sampler": "tpee"}, "did you mean 'tpe'"),
     ({"parameters": {LR: {"low": 0, "high": 1}}, "sampler": "grid"}, "a grid needs lists"),
-    ({"parameters": {LR: [1]}, "sampler": "cmaes"}, "without lists"), ({"parameters": {LR: [1]}, "trials": 0}, "least 1"),
+    ({"parameters": {LR: [1]}, "sampler": "cmaes"}, "without lists"),
+    ({"parameters": {LR: [1]}, "trials": 0}, "least 1"),
     ({"parameters": {LR: [1]}, "objectives": ["a", "b"], "pruner": "asha"}, "one objective"),
     ({"parameters": {LR: [1]}, "trails": 3}, "did you mean 'trials'")])
 def test_a_definition_that_cannot_run_is_refused(given, says):
