@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from launch import eval_memorization
+from launch import depth, eval_memorization, eval_preference
 
 FOLDER = "eval"
 _COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".3f"),
             ("bits_per_byte", "bits/byte", ".4f"), ("accuracy", "accuracy", ".2%"),
-            ("baseline_bits_per_byte", "bigram bits/byte", ".4f"))
+            ("steps", "iterations", ".2f"), ("baseline_bits_per_byte", "bigram bits/byte", ".4f"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="print a bigram fitted on the training split beside it (default: eval.baseline)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     eval_memorization.add_arguments(parser)
+    depth.add_evaluation_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,10 +43,13 @@ def main(args: argparse.Namespace) -> int:
     eval_memorization.check(args)
     if args.task == eval_memorization.NAME:
         return eval_memorization.main(args)
-    given = parse_sets(args.sets)
+    eval_preference.check(args)
+    if args.task == eval_preference.NAME:
+        return eval_preference.main(args)
+    given, settings = parse_sets(args.sets), depth.settings(args)
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
-    metrics = measure(run, given, args)
+    metrics = measure(run, given, args, settings)
     keep(args.workdir, run.step, metrics, ema=args.ema)
     if args.json:
         print(json.dumps({"step": run.step, "ema": args.ema, "metrics": plain(metrics)}, indent=2))
@@ -53,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
         print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
     return 0
 
+        depth.print_histograms(metrics)
 
 def parse_sets(words: list[str]) -> dict[str, str]:
     """{name: path} of NAME=PATH words; raises ValueError for other words and names given twice."""
@@ -65,8 +70,9 @@ def parse_sets(words: list[str]) -> dict[str, str]:
     return out
 
 
-def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace) -> dict[str, float]:
-    """All metrics of an opened run: `eval/<set>/<metric>`."""
+def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace,
+            settings: Mapping[str, tuple[int | None, float | None]] = {}) -> dict[str, float]:
+    """All metrics of an opened run: `eval/<set>/<metric>`, and at each of the other depths `eval/<set>_<name>/...`."""
     import jax
 
     from launch import config as configs
@@ -96,7 +102,7 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace) -> dic
     limit = options.batches if args.batches is None else args.batches
     sets = {name: set_of(dataset, limit) for name, dataset in datasets.items()}
     with jax.set_mesh(run.mesh):
-        metrics = evaluate([Perplexity(sets)], run.apply, run.params)
+        metrics = evaluate([Perplexity(sets), *depth.evaluators(run.model, sets, settings)], run.apply, run.params)
     baseline = baseline and all(given.token_bytes is not None for given in sets.values())
     return {**metrics, **(bigram(data, corpora, sets, size, run.config.train.seed) if baseline else {})}
 

@@ -14,13 +14,14 @@ from lm.core.types import Params
 from lm.data.loader import build_dataset
 from lm.data.ngram import fit_bigram
 from lm.eval.base import by_set, evaluate
+from lm.eval.depth import AtDepth, at_recurrences
 from lm.eval.options import VALIDATION
-from lm.eval.depth import AtRecurrences
 from lm.eval.perplexity import Perplexity
 from lm.eval.preference import Preference
 from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
 from lm.models.build import make_apply
+from lm.train.feed import data_shard, to_device
 from lm.train.feed import data_shard, to_device
 from lm.models.recurrent_depth import check_recurrent
 
@@ -59,7 +60,7 @@ class Evaluation:
         # A prompt that cannot be continued is found now, not after an hour of training.
         if self._options.recurrences:
             check_recurrent(prepared.model, "config.eval.recurrences")
-            self._evaluators.append(AtRecurrences(tuple(self._evaluators), self._options.recurrences))
+            self._evaluators.append(AtDepth(tuple(self._evaluators), at_recurrences(self._options.recurrences)))
         self._memorization = memorization_of(prepared.config, self._options.memorization, prepared.model,
                                              prepared.corpora.tokenizer) if self._options.memorization else None
         for prompt in self._options.samples:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import beam
+from launch import beam, depth
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="texts that are written at a time; they do not depend on it (default: 16)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line and text")
     beam.add_arguments(parser)
+    depth.add_decoding_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     beam.check(args)
     prompts = read_prompts(args.prompt, args.prompt_file)
     from launch.restore import open_run
-    run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
+    run = depth.changed(open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema), args)
     return write(run, prompts, options, args) if args.beams is None else beam.write(run, prompts, args)
 
 
@@ -102,7 +103,8 @@ def write(run: Any, prompts: Sequence[str], options: Any, args: argparse.Namespa
                             max_new_tokens=args.max_new_tokens, options=options, seed=args.seed,
                             rows=range(start, start + len(batch)), stop_tokens=stop_tokens(run.tokenizer),
                             stop_strings=stops, decode=run.tokenizer.decode, capacity=run.model.max_positions,
-                            steps_per_sync=8 if show.streams else 32,
+                            steps_per_sync=8 if show.streams else 32, speculation=depth.speculation(args),
+                            continuous=args.continuous,
                             on_text=show.piece if show.streams else None)
             for (n, sample), row in zip(batch, made.rows, strict=True):
                 show.finished(n, sample, row)
@@ -156,4 +158,6 @@ def summary(timing: Any) -> str:
     """What it cost, in one line."""
     return (f"decode {timing.decode_rate:,.0f} tokens/s ({timing.decode_tokens:,} tokens), prefill "
             f"{timing.prefill_rate:,.0f} tokens/s ({timing.prefill_tokens:,}), compilation "
-            f"{timing.compile_seconds:.1f} s, state {timing.state_bytes:,} bytes")
+            f"{timing.compile_seconds:.1f} s, state {timing.state_bytes:,} bytes"
+            + (f", {timing.kept / timing.drafted:.1%} of {timing.drafted:,} drafted tokens kept"
+               if timing.drafted else ""))

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from lm.core.types import Params
 
 DEPTH = "depth"  # the collection; a model without recurrent depth does not look at it
+FINISHED = "depth/finished"  # in `Output.aux` of a sliced model: [1, B] rows whose token is through
+# In `Output.aux` where one token at a time gives other predictions than many at once.
+NOT_PARALLEL = "depth/not_parallel"
 STEPS = "depth/steps"  # in `Output.aux`: [1, B, T] iterations of each token, where tokens stop by themselves
 
 

@@ -18,19 +18,24 @@ from lm.eval.sets import EvalSet
 
 
 @dataclasses.dataclass(frozen=True)
-class AtRecurrences:
-    """The evaluators at each of these numbers of iterations: `eval/<set>_r<number>/<metric>`. One program serves all
-    numbers: they are data."""
+class AtDepth:
+    """The evaluators at other depths: `eval/<set>_<name>/<metric>`. settings: name to (iterations, threshold), either
+    None for the model's own. One program serves all numbers of iterations, and one all thresholds: they are data."""
 
     evaluators: Sequence[Evaluator]
-    recurrences: Sequence[int]
+    settings: Mapping[str, tuple[int | None, float | None]]
 
     def __call__(self, apply: Apply, params: Params, key: Key | None = None) -> Iterator[tuple[str, float]]:
-        for count in self.recurrences:
+        for setting, (recurrences, exit_kl) in self.settings.items():
             for evaluator in self.evaluators:
-                for name, value in evaluator(apply, with_recurrences(params, count), key):
+                for name, value in evaluator(apply, with_recurrences(params, recurrences, exit_kl), key):
                     head, given, metric = name.split("/")
-                    yield f"{head}/{given}_r{count}/{metric}", value
+                    yield f"{head}/{given}_{setting}/{metric}", value
+
+
+def at_recurrences(counts: Sequence[int]) -> dict[str, tuple[int | None, float | None]]:
+    """Settings named r<number>."""
+    return {f"r{count}": (count, None) for count in counts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +55,8 @@ class StepsHistogram:
             for batch in given.batches():
                 steps = batch_steps(apply, params, batch if self.place is None else self.place(batch))
                 if steps is None:
-                    raise ValueError("tokens of this model take all iterations; give a threshold to stop at (--exit-kl, "
-                                     "model.recurrent_depth.exit_kl)")
+                    raise ValueError("tokens of this model take all iterations; give a threshold to stop at "
+                                     "(--exit-kl, model.recurrent_depth.exit_kl)")
                 values, found = np.unique(np.asarray(steps)[np.asarray(batch.weights) != 0], return_counts=True)
                 for value, count in zip(values.tolist(), found.tolist(), strict=True):
                     counts[value] = counts.get(value, 0) + count

@@ -16,10 +16,12 @@ import numpy as np
 
 from lm.core.tree import apart
 from lm.core.types import Apply, Array, Params, State
+from lm.generate.continuous import continuous_steps
 from lm.generate.loop import Loop, Plan, decode_steps, empty_state, first_token
 from lm.generate.prefill import check_prompts, chunks, prefill_chunk, room
 from lm.generate.result import Generated, Timing
 from lm.generate.sampling import SamplingOptions
+from lm.generate.speculative import Speculation, speculative_steps
 from lm.generate.stopping import Decode, Row
 
 # Bytes of state from which layers that are stacked get arrays of their own for decoding. Stacked, every token copies
@@ -32,7 +34,8 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
              rows: Sequence[int] | None = None, stop_tokens: Collection[int] = (), stop_strings: Sequence[str] = (),
              decode: Decode | None = None, bos: int | None = None, capacity: int | None = None,
              prefill_chunk_size: int = 512, steps_per_sync: int = 32,
-             on_text: Callable[[int, str], None] | None = None) -> Generated:
+             on_text: Callable[[int, str], None] | None = None, speculation: Speculation | None = None,
+             continuous: bool = False) -> Generated:
     """Continues each prompt by at most `max_new_tokens` tokens.
 
     apply, initial_state: the model (`lm.core.types.Apply`, and `initial_state(batch_size, capacity=N)`). Compiled code
@@ -45,12 +48,19 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
     capacity: tokens that a row may have in all, e.g. the model's limit; None makes as much room as is needed.
     prefill_chunk_size: prompt tokens of a row in one call. steps_per_sync: tokens drawn between two looks of the host.
     on_text: called with (row, piece) as text becomes certain; the pieces of a row join to its text. It needs `decode`.
+    speculation: a model of recurrent depth drafts with few iterations and verifies with all of them; the distribution
+      of the text stays. continuous: the model is one whose rows iterate at their own pace (`sliced`).
 
     Raises ValueError before anything runs for prompts, options and lengths that cannot be; FloatingPointError where
     the logits become NaN.
     """
     options = SamplingOptions() if options is None else options
     options.check()
+    if speculation is not None:
+        speculation.check(options)
+    if continuous and (speculation is not None or prefill_chunk_size < 2):
+        raise ValueError("continuous decoding takes no speculation, and prefill_chunk_size of at least 2: a single "
+                         "token is a step of decoding")
     prompts = check_prompts(prompts, bos)
     numbers = _check(len(prompts), max_new_tokens, rows, stop_strings, decode, on_text, prefill_chunk_size,
                      steps_per_sync)
@@ -83,8 +93,15 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
         halted = np.array([row.reason is not None for row in host])
         if np.all(halted | np.asarray(loop.done)):
             break
-        state, loop, drawn = run(decode_steps, (apply,), (params, state, loop, halted, plan), options=options,
-                                 steps=steps_per_sync)
+        now = (params, state, loop, halted, plan)
+        if speculation is None:
+            steps = continuous_steps if continuous else decode_steps
+            state, loop, drawn = run(steps, (apply,), now, options=options, steps=steps_per_sync)
+        else:
+            state, loop, drawn, counts = run(speculative_steps, (apply,), now, options=options, steps=steps_per_sync,
+                                             speculation=speculation)
+            timing.drafted, timing.kept = (a + int(b) for a, b in zip((timing.drafted, timing.kept), counts,
+                                                                       strict=True))
     for n, row in enumerate(host):
         row.finish("length")
         _show(n, row, on_text)

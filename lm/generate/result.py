@@ -27,7 +27,8 @@ class Timing:
     """Seconds on the clock and what was done in them; compilation is counted apart.
 
     prefill_tokens: real prompt tokens, padding not counted. decode_tokens: new tokens but the first of each row, which
-    the prefill gives. state_bytes: size of what the model remembers of all rows.
+    the prefill gives. state_bytes: size of what the model remembers of all rows. drafted, kept: tokens of drafts, and
+    those of them that verification kept.
     """
 
     prefill_tokens: int = 0
@@ -36,6 +37,8 @@ class Timing:
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
     state_bytes: int = 0
+    drafted: int = 0
+    kept: int = 0
 
     def __add__(self, other: "Timing") -> "Timing":
         """Both batches, one after the other: everything adds up but the state, of which the larger counts."""

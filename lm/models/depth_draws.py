@@ -59,8 +59,8 @@ def mean_iterations(mean: float, sigma: float, at_most: int | None = None) -> fl
 
 
 def random_state(key: Key, positions: Array, width: int, std: float, dtype: Any, *, by_row: bool) -> Array:
-    """[B, T, D] normal with deviation `std`, cut off at 3 of them: a function of the key, the position [B, T] of a token
-    in its document and, where by_row, of the row. So one token at a time gets what the whole sequence would."""
+    """[B, T, D] normal with deviation `std`, cut off at 3 of them: a function of the key, the position [B, T] of a
+    token in its document and, where by_row, of the row. So one token at a time gets what the whole sequence would."""
     rows = jnp.arange(positions.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows) if by_row else jnp.broadcast_to(key, rows.shape)
     bound = BOUND / WIDER

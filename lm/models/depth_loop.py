@@ -136,7 +136,7 @@ def exit_loop(core: Core, predict: Callable[[Array], Array], divergence: Callabl
         new, state, _ = core(variables, s, e, read(ring, i), i)
         out = jnp.where(done[..., None], out, new)
         row = done.all(axis=1)
-        after = jax.tree.map(lambda old, new: _rows(row, old, new), after, write(after, i, state))
+        after = rows_where(~row, write(after, i, state), after)
         now = predict(out)
         settled = (divergence(shown, now) < threshold) & (i + 1 >= least)
         s = jnp.where((done | settled)[..., None], s, new)
@@ -148,9 +148,9 @@ def exit_loop(core: Core, predict: Callable[[Array], Array], divergence: Callabl
     return Exited(out, steps, fill(after, r))
 
 
-def _rows(done: Array, old: Array, new: Array) -> Array:
-    """`old` [m, R, B, ...] for the rows that are done, `new` for the others."""
-    return jnp.where(done.reshape(1, 1, -1, *(1,) * (old.ndim - 3)), old, new)
+def rows_where(which: Array, new: State, old: State) -> State:
+    """`new` for the rows [B] that are true, `old` for the others, of arrays [m, R, B, ...]."""
+    return jax.tree.map(lambda a, b: jnp.where(which.reshape(1, 1, -1, *(1,) * (b.ndim - 3)), a, b), new, old)
 
 
 def relative_change(before: Array, after: Array) -> Array:

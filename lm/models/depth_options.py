@@ -22,8 +22,8 @@ class RecurrentDepthOptions:
     recurrences: int | None = option(None, "iterations outside of training; None is `mean`, rounded")
     exit_kl: float | None = option(None, "outside of training a token stops when an iteration changes its prediction "
                                          "by less than this divergence in nats; None: all iterations")
-    cache: int | None = option(None, "states of the core that are kept while decoding; iteration i uses number i modulo "
-                                     "this. None is one for each iteration, or with exit_kl a single one")
+    cache: int | None = option(None, "states of the core that are kept while decoding; iteration i uses number i "
+                                     "modulo this. None is one for each iteration, or with exit_kl a single one")
     warm_start: bool = option(False, "a token that is decoded begins from the last state of the token before it")
     sandwich: bool = option(True, "norm of every sum in all blocks, besides that before each layer")
     scale_embeddings: bool = option(True, "embeddings are multiplied by sqrt(embed_dim)")

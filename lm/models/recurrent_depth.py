@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.head import logits_of
-from lm.core.recurrences import DEPTH, STEPS
+from lm.core.recurrences import DEPTH, FINISHED, NOT_PARALLEL, STEPS
 from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context, Head, Mean, State
 from lm.layers.block import Block
@@ -22,7 +22,9 @@ from lm.layers.stack import REMAT, Stack, StackState, merge
 from lm.models.decoder import DecoderLM, DecoderState
 from lm.models.depth_draws import draw_iterations, mean_iterations, random_state
 from lm.models.depth_loop import Core, exit_loop, fixed_loop, slots, train_loop
+from lm.models.depth_measures import kl, last_of, mean_cosine
 from lm.models.depth_options import RecurrentDepthOptions
+from lm.models.depth_slices import Doing, advance, begin, idle
 
 PRELUDE, CORE, CODA, ITERATIONS, STATE = range(5)  # what the key is folded by
 ADAPTER_AXES = ("mlp", "embed")
@@ -30,12 +32,13 @@ ADAPTER_AXES = ("mlp", "embed")
 
 class DepthState(NamedTuple):
     """prelude, coda: states of their blocks. core: a ring of states of the core's, arrays [m, R, B, ...]. latent:
-    [B, D], s_r of the last token."""
+    [B, D], s_r of the last token. doing: what each row is at, of a sliced model."""
 
     prelude: State
     core: State
     coda: State
     latent: Array
+    doing: Doing | None = None
 
 
 class RecurrentDepthLM(DecoderLM):
@@ -44,11 +47,15 @@ class RecurrentDepthLM(DecoderLM):
     final_norm is one norm for two places, before the coda and before the head. Where `apply` is given a key (training),
     the iterations and the first states are drawn from it; else the iterations are those of the variables' collection
     `depth` (see `lm.core.recurrences`) or of the options, and the first states a function of the position alone.
+
+    sliced: a call with one token a row (T = 1) is a single iteration: rows of weight 1 begin with their token, the
+    others go on with theirs, and `Output.aux[FINISHED]` says which are through (see `lm.generate.continuous`).
     """
 
     prelude: Stack = None
     coda: Stack = None
     depth: RecurrentDepthOptions = None
+    sliced: bool = False
 
     def initial_state(self, batch_size: int, *, capacity: int = 0) -> DecoderState:
         """State before the first token. Without room to go on (`capacity` 0) there is one state for all iterations."""
@@ -57,8 +64,9 @@ class RecurrentDepthLM(DecoderLM):
         m = self.depth.slots if capacity else 1
         ring = jax.tree.map(lambda a: jnp.broadcast_to(a, (m, *a.shape)), make(self.stack).pattern)
         latent = jnp.zeros((batch_size, self.embed_dim), dtype)
+        doing = idle(batch_size, self.embed_dim, dtype, ring) if self.sliced and capacity else None
         return DecoderState(jnp.zeros((batch_size,), jnp.int32),
-                            DepthState(make(self.prelude), ring, make(self.coda), latent))
+                            DepthState(make(self.prelude), ring, make(self.coda), latent, doing))
 
     def blocks(self) -> list[tuple[str, Block, int, float]]:
         """As of any decoder; the core's are run as often as training does on average."""
@@ -87,14 +95,17 @@ class RecurrentDepthLM(DecoderLM):
             x = x * jnp.asarray(self.embed_dim**0.5, x.dtype)
         e, prelude, before = self.prelude(x, state.prelude, folded(ctx, PRELUDE))
         s = self._first(state.latent, e, ctx)
+        if self.sliced and state.doing is not None and e.shape[1] == 1:
+            return self._slice(s, e, state._replace(prelude=prelude), ctx, head)
         looped, ring, inner = self._loop(s, e, state, ctx, head)
         s = constrain(looped, "batch", "length", "activation_embed")
         hidden, coda, after = self.coda(self.final_norm(s), state.coda, folded(ctx, CODA))
-        aux = merge([without_tally(a) for a in (before, inner, after)])
-        tally = {name: a["tally"] for name, a in (("prelude", before), ("stack", inner), ("coda", after))
-                 if "tally" in a} | inner.get("depth", {})
-        aux = {**aux, **({STEPS: inner[STEPS]} if STEPS in inner else {}), **({"tally": tally} if tally else {})}
-        return self.final_norm(hidden), DepthState(prelude, ring, coda, last_of(s, state.latent, ctx)), aux
+        parts = {"prelude": before, "stack": inner, "coda": after}
+        aux = merge([{k: v for k, v in part.items() if k not in ("tally", "depth")} for part in parts.values()])
+        tally = {name: part["tally"] for name, part in parts.items() if "tally" in part}
+        tally |= {"depth": inner["depth"]} if "depth" in inner else {}
+        aux = {**aux, **({"tally": tally} if tally else {})}
+        return self.final_norm(hidden), DepthState(prelude, ring, coda, last_of(s, state.latent, ctx), state.doing), aux
 
     def _first(self, latent: Array, e: Array, ctx: Context) -> Array:
         """s_0: [B, T, D]."""
@@ -110,26 +121,48 @@ class RecurrentDepthLM(DecoderLM):
         if self.is_initializing():  # the parameters are made outside of any loop
             z = Dense(self.embed_dim, ADAPTER_AXES, name="adapter")(jnp.concatenate([s, e], axis=-1))
             return self.stack(z, StackState((), jax.tree.map(lambda a: a[0], state.core)), ctx)[0], state.core, {}
-        core, variables = self._core(ctx)
+        core, variables = self._core(ctx), self._variables()
         if ctx.key is not None:
             r = draw_iterations(jax.random.fold_in(ctx.key, ITERATIONS), self.depth.mean, self.depth.sigma)
             found = train_loop(core, variables, s, e, state.core, constrain(r), self.depth.backprop)
             depth = {"recurrences": Mean(r.astype(jnp.float32), jnp.float32(1)),
                      "change": Mean(found.change, jnp.float32(1)),
                      "cosine": Mean(mean_cosine(found.s, ctx.weights), jnp.float32(1))}
-            return found.s, found.ring, {**found.aux, "depth": {"depth": depth}}
-        said = self.variables.get(DEPTH, {})
-        r, threshold = said.get("recurrences", self.depth.iterations), said.get("exit_kl", self.depth.exit_kl)
+            return found.s, found.ring, {**found.aux, "depth": depth}
+        r, threshold = self._limits()
+        shared = isinstance(r, int) and slots(state.core) < r
+        alone = {NOT_PARALLEL: jnp.ones(1)} if shared or self.depth.warm_start or threshold is not None else {}
         if threshold is None:
             found = fixed_loop(core, variables, s, e, state.core, r)
-            return found.s, found.ring, {}
-        predict, divergence = self._prediction(state.coda, ctx, head)
-        found = exit_loop(core, predict, divergence, variables, s, e, state.core, r, threshold=threshold,
+            return found.s, found.ring, alone
+        predict = lambda s: self._predict(s, state.coda, ctx)[0]
+        found = exit_loop(core, predict, divergence_of(head), variables, s, e, state.core, r, threshold=threshold,
                           present=ctx.weights != 0)
-        return found.s, found.ring, {STEPS: found.steps[None]}
+        return found.s, found.ring, {STEPS: found.steps[None], **alone}
 
-    def _core(self, ctx: Context) -> tuple[Core, Any]:
-        """One iteration as a function of arrays alone, which loops of JAX can call, and its variables."""
+    def _slice(self, s: Array, e: Array, state: DepthState, ctx: Context,
+               head: Callable[[Array], tuple[Array, Head]]) -> tuple[Array, State, Aux]:
+        """`layers` of a sliced model: one iteration of each row."""
+        predict = lambda s, inner: self._predict(s, state.coda, inner)
+        doing = begin(state.doing, state.core, e, s, ctx)
+        found = advance(self._core, predict, divergence_of(head), self._variables(), doing, state.core, *self._limits(),
+                        ctx)
+        keep = lambda new, old: jnp.where(found.finished.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+        latent = keep(found.doing.s.astype(state.latent.dtype), state.latent)
+        after = DepthState(state.prelude, found.ring, jax.tree.map(keep, found.coda, state.coda), latent, found.doing)
+        return found.hidden, after, {FINISHED: found.finished[None]}
+
+    def _limits(self) -> tuple[Any, Any]:
+        """Iterations and threshold outside of training."""
+        said = self.variables.get(DEPTH, {})
+        return said.get("recurrences", self.depth.iterations), said.get("exit_kl", self.depth.exit_kl)
+
+    def _variables(self) -> Any:
+        """What `_core` is called with."""
+        return own(self.variables, "adapter"), own(self.variables, "stack")
+
+    def _core(self, ctx: Context) -> Core:
+        """One iteration as a function of arrays alone, which loops of JAX can call."""
         adapter, stack = Dense(self.embed_dim, ADAPTER_AXES, parent=None), free(self.stack)
 
         def core(variables, s, e, state, i):
@@ -141,20 +174,14 @@ class RecurrentDepthLM(DecoderLM):
             # Of an iteration only s is kept. The blocks inside are not cut up further.
             stack = stack.clone(remat="none")
             core = jax.checkpoint(core, prevent_cse=False, policy=REMAT[self.stack.remat])
-        return core, (own(self.variables, "adapter"), own(self.variables, "stack"))
+        return core
 
-    def _prediction(self, state: State, ctx: Context, head: Any) -> tuple[Callable, Callable]:
-        """`predict` and `divergence` of `exit_loop`: hidden states, and KL(before || now) of what they predict."""
-        norm, coda = free(self.final_norm), free(self.coda)
-        norms, codas = own(self.variables, "final_norm"), own(self.variables, "coda")
-
-        def predict(s):
-            return norm.apply(norms, coda.apply(codas, norm.apply(norms, s), state, folded(ctx, CODA))[0])
-
-        def divergence(before, now):
-            return kl(*(logits_of(*head(hidden)) for hidden in (before, now)))
-
-        return predict, divergence
+    def _predict(self, s: Array, state: State, ctx: Context) -> tuple[Array, State]:
+        """Hidden states that predict from states, and the coda's state after them; of arrays alone like `_core`."""
+        norm, variables = free(self.final_norm), own(self.variables, "final_norm")
+        hidden, after, _ = free(self.coda).apply(own(self.variables, "coda"), norm.apply(variables, s), state,
+                                                 folded(ctx, CODA))
+        return norm.apply(variables, hidden), after
 
 
 def check_recurrent(model: nn.Module, what: str) -> None:
@@ -164,27 +191,9 @@ def check_recurrent(model: nn.Module, what: str) -> None:
                          f"model.recurrent_depth makes the pattern a core that is looped")
 
 
-def kl(before: Array, now: Array) -> Array:
-    """KL(softmax(before) || softmax(now)) over the last axis, in nats, never below 0."""
-    p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(now)
-    return jnp.maximum(jnp.sum(jnp.where(jnp.isneginf(before), 0, jnp.exp(p) * (p - q)), axis=-1), 0)
-
-
-def mean_cosine(s: Array, weights: Array) -> Array:
-    """Mean cosine between the states [B, T, D] of any two tokens that are no padding, without gradient: 1 is a
-    collapse. By |sum u|^2 = n + sum over pairs of u v."""
-    s = jax.lax.stop_gradient(s).astype(jnp.float32)
-    present = (weights != 0)[..., None]
-    unit = jnp.where(present, s * jax.lax.rsqrt(jnp.sum(jnp.square(s), -1, keepdims=True) + 1e-12), 0)
-    n = jnp.sum(present, dtype=jnp.float32)
-    return (jnp.sum(jnp.square(jnp.sum(unit, axis=(0, 1)))) - n) / jnp.maximum(n * (n - 1), 1)
-
-
-def last_of(s: Array, before: Array, ctx: Context) -> Array:
-    """[B, D]: the state of each row's last token that is no padding; `before` where there is none."""
-    place = jnp.max(jnp.where(ctx.weights != 0, jnp.arange(s.shape[1]), -1), axis=1)
-    found = jnp.take_along_axis(s, jnp.maximum(place, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((place >= 0)[:, None], found, before.astype(s.dtype)).astype(before.dtype)
+def divergence_of(head: Callable[[Array], tuple[Array, Head]]) -> Callable[[Array, Array], Array]:
+    """KL(before || now) of what hidden states [B, T, D] predict."""
+    return lambda before, now: kl(*(logits_of(*head(hidden)) for hidden in (before, now)))
 
 
 def folded(ctx: Context, by: Any) -> Context:
@@ -200,8 +209,3 @@ def free(module: nn.Module) -> nn.Module:
 def own(variables: Any, name: str) -> dict[str, Any]:
     """The variables of the part of this name, collection by collection."""
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
-
-
-def without_tally(aux: Aux) -> Aux:
-    """What of a report has an axis over layers."""
-    return {name: value for name, value in aux.items() if name not in ("tally", "depth", STEPS)}
