@@ -8,5 +8,5 @@ from lm.data.synthetic.selective_copy import SelectiveCopy
 from lm.data.synthetic.style_pairs import StylePairs
 from lm.data.synthetic.word_problem import WordProblem
 
-TASKS = {"copy_chain": CopyChain, "facts": Facts, "mqar": MQAR, "passkey": Passkey, "recital": Recital,
+TASKS = {"copy_chain": CopyChain, "facts": Facts, "mqar": MQAR, "recital": Recital,
          "selective_copy": SelectiveCopy, "style_pairs": StylePairs, "word_problem": WordProblem}
