@@ -14,12 +14,14 @@ U rows of a part; B batch, T time.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.core.sharding import spec
+from lm.core.axes import RULES
+from lm.core.sharding import axis_size, spec
 from lm.core.types import Array
 
 SINKS = "sinks"
@@ -34,6 +36,15 @@ class RowSink(NamedTuple):
     ids: Array
     rows: Array
     uses: Array
+
+
+class StackedTable(NamedTuple):
+    """What a layer of a stack finds in the place of its sink: the tables of all layers [L, N, ...], which of them is
+    its own, and its sink. A slice of them, which a scan over layers would make, costs as much as the table is large."""
+
+    tables: Array
+    layer: Array | int
+    sink: RowSink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,41 @@ class Table:
 def ids_of(sink: RowSink, num_rows: int) -> Array:
     """Ids [..., U] int32 of the gradient of a sink, num_rows (of a shard) where there is none."""
     return jnp.where(sink.ids > 0, sink.ids.astype(jnp.int32) - 1, num_rows)
+
+
+Path = tuple[str, ...]
+
+
+def take_out(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Path, Array]]:
+    """The variables of a stack of blocks without the tables whose gradients are rows, and these by their places.
+
+    Where the mesh splits tables by their width they stay: gathered whole, all layers' would be there at a time.
+    """
+    found: dict[Path, Array] = {}
+
+    def walk(params: Mapping[str, Any], sinks: Mapping[str, Any], place: Path) -> dict[str, Any]:
+        out = dict(params)
+        for key, sink in sinks.items():
+            if isinstance(sink, RowSink):
+                found[*place, key] = out.pop(key)
+            elif isinstance(sink, Mapping):
+                out[key] = walk(out[key], sink, (*place, key))
+        return out
+
+    if SINKS not in variables or axis_size(*RULES["embed"]) > 1:
+        return dict(variables), {}
+    return {**variables, "params": walk(variables["params"], variables[SINKS], ())}, found
+
+
+def with_tables(variables: Mapping[str, Any], tables: Mapping[Path, Array], layer: Array | int) -> dict[str, Any]:
+    """The variables of one layer of a stack, with a `StackedTable` for each of the tables that `take_out` took."""
+    def put(sinks: Any, place: Path) -> Any:
+        if place in tables:
+            return StackedTable(tables[place], layer, sinks)
+        if isinstance(sinks, Mapping):
+            return {key: put(below, (*place, key)) for key, below in sinks.items()}
+        return sinks
+    return {**variables, SINKS: put(variables[SINKS], ())} if tables else dict(variables)
 
 
 @jax.custom_vjp

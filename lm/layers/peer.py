@@ -101,8 +101,7 @@ class PEER(ByProductKeys, nn.Module):
         # A head's k weights have squares that sum to gate_power, and h heads add up: with this the output has the
         # variance of an MLP with as many active neurons, whose `down` has fan-in variance.
         up = scale * (self.num_heads * gate_power(self.gate, self.top_k)) ** -0.5
-        table = self.param(self.table, nn.with_logical_partitioning(row_init(D**-0.5, up), self.table_axes),
-                           (N, 3 if gated else 2, D))
+        table, sink = self.table_and_sink(row_init(D**-0.5, up), 3 if gated else 2, D)
         if self.is_initializing():  # parameters are all that is wanted, and this costs much to trace
             declare_usage(self, N)
             return x, state, {}
@@ -110,7 +109,7 @@ class PEER(ByProductKeys, nn.Module):
         retrieval = Retrieval(spec, functools.partial(peer_experts, **how),
                               functools.partial(peer_experts_with_sink, **how),
                               ctx.key is not None, self.chunk, self.usage_tokens, self.dead_after)
-        y, tally = retrieval(x, ctx.weights, router, table, self.sink())
+        y, tally = retrieval(x, ctx.weights, router, table, sink)
         return dropout(y, self.dropout, ctx.key), state, {"tally": tally}
 
 

@@ -69,8 +69,7 @@ class PKM(ByProductKeys, nn.Module):
         router = spec.copy(name="router")(D)
         scale = 1.0 if self.output_scale is None else self.output_scale
         std = scale * (GELU_POWER / (self.num_heads * gate_power(self.gate, self.top_k))) ** 0.5
-        table = self.param(self.table, nn.with_logical_partitioning(nn.initializers.normal(std), self.table_axes),
-                           (self.num_values, D))
+        table, sink = self.table_and_sink(nn.initializers.normal(std), D)
         if self.is_initializing():  # parameters are all that is wanted, and this costs much to trace
             declare_usage(self, self.num_values)
             return x, state, {}
@@ -84,5 +83,5 @@ class PKM(ByProductKeys, nn.Module):
 
         retrieval = Retrieval(spec, combine, combine_rows, ctx.key is not None, self.chunk, self.usage_tokens,
                               self.dead_after)
-        y, tally = retrieval(x, ctx.weights, router, table, self.sink())
+        y, tally = retrieval(x, ctx.weights, router, table, sink)
         return dropout(y, self.dropout, ctx.key), state, {"tally": tally}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.core.tables import SINKS
+from lm.core.tables import SINKS, take_out, with_tables
 from lm.core.tree import STATS
 from lm.core.types import Array, Aux, Context, State, context
 from lm.layers.block import Block
@@ -147,13 +147,14 @@ class Stack(nn.Module):
         if not self.repeats:
             return x, StackState(tuple(prefix_states), state.pattern), merge(reports, tally)
 
-        stacked = tuple(self._variables(f"pattern_{k}", lambda b=block, k=k: init_repeated(b, k))
-                        for k, block in enumerate(self.pattern))
+        stacked, tables = zip(*(take_out(self._variables(f"pattern_{k}", lambda b=block, k=k: init_repeated(b, k)))
+                                for k, block in enumerate(self.pattern)), strict=True)
 
         def group(carry: tuple[Array, Aux], variables: Any, states: Any, depth: Array):
             """One repeat of the pattern. What its layers publish is seen inside this repeat only."""
             (x, onward), inner, afters, report, tally = carry, ctx, [], [], {}
             for k, (block, v, s) in enumerate(zip(self.pattern, variables, states, strict=True)):
+                v = with_tables(v, tables[k], (depth - first) // len(self.pattern))
                 x, after, aux = run(block, v, x, s, under(inner, onward), depth + k)
                 onward = aux.get("onward", onward)
                 inner = inner._replace(shared={**aux.get("publish", {}), **inner.shared})

@@ -1,10 +1,12 @@
 """What the layers that retrieve rows of a table by product keys share: PEER's experts and PKM's values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from lm.core.tables import SINKS
-from lm.core.types import State
+from flax import linen as nn
+
+from lm.core.tables import SINKS, StackedTable
+from lm.core.types import Array, State
 from lm.layers.experts.numbering import Numbering
 from lm.layers.experts.options import check_counts, check_momentum
 from lm.layers.experts.product_keys import ProductKeys, check_keys
@@ -52,9 +54,13 @@ class ByProductKeys:
                            self.per_head_keys, self.momentum, self.implementation, self.numbering, self.active_keys,
                            parent=None)
 
-    def sink(self) -> Any:
-        """Where the gradient of the table is wanted as rows (`lm.core.tables`), or None."""
-        return self.get_variable(SINKS, self.table) if self.has_variable(SINKS, self.table) else None
+    def table_and_sink(self, init: Callable, *row: int) -> tuple[Array, Any]:
+        """The table [N, *row] and what its gradient goes into (`lm.core.tables`), or None; of a layer of a stack the
+        tables of all may be given instead, [L, N, *row]."""
+        sink = self.get_variable(SINKS, self.table) if self.has_variable(SINKS, self.table) else None
+        if isinstance(sink, StackedTable):
+            return sink.tables, sink
+        return self.param(self.table, nn.with_logical_partitioning(init, self.table_axes), (self.num_rows, *row)), sink
 
     @property
     def granularity(self) -> int:

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm.core.sharding import current_mesh
-from lm.core.tables import RowSink, deliver
+from lm.core.tables import RowSink, StackedTable, deliver
 from lm.core.tally import Moments, Usage
 from lm.core.types import Array, Aux, Mean
 from lm.layers.experts.product_keys import ProductKeys, RouterArrays, choose, query_moments
 from lm.layers.experts.shards import CHUNK_BYTES, Split, on_shards, over_chunks, split_of, total
 from pallas_kernels.peer_experts.rows import TouchedRows
+
+Sink = RowSink | StackedTable | Array | None
 
 OVERLAP_TOKENS = 256  # of a chunk, over which the overlap of heads is measured: it sorts every token's ids
 
@@ -38,9 +40,10 @@ class Retrieval:
     window: int
 
     def __call__(self, x: Array, present: Array, router: RouterArrays, table: Array,
-                 sink: RowSink | Array | None = None) -> tuple[Array, Aux]:
-        """(y [B, T, D], tally) of x [B, T, D], present [B, T] and the table [N, ...]. sink: see `lm.core.tables`."""
-        split = split_of(x.shape, self.spec.num_heads, table.shape[0])
+                 sink: Sink = None) -> tuple[Array, Aux]:
+        """(y [B, T, D], tally) of x [B, T, D], present [B, T] and the table [N, ...], or with a `StackedTable` as sink
+        those of all layers [L, N, ...]. sink: see `lm.core.tables`."""
+        split = split_of(x.shape, self.spec.num_heads, self.spec.num_keys)
         if split is None:
             return self.local(Split(), x, present, router, table, sink)
         tokens, head = P(split.batch, split.length), P(split.heads)
@@ -52,9 +55,12 @@ class Retrieval:
             tally["router"] = {"queries": Moments(P(), head, head, self.spec.momentum)}
         others = tuple(axis for axis in current_mesh().axis_names if axis != split.rows)
         parts = P(others, split.rows)
-        sinks = RowSink(parts, parts, parts) if isinstance(sink, RowSink) else None if sink is None else P(split.rows)
-        run = on_shards(lambda *args: self.local(split, *args), (tokens, tokens, arrays, P(split.rows), sinks),
-                        (tokens, tally))
+        rows, sinks = P(split.rows), None if sink is None else P(split.rows)
+        if isinstance(sink, RowSink):
+            sinks = RowSink(parts, parts, parts)
+        elif isinstance(sink, StackedTable):
+            rows, sinks = P(None, split.rows), StackedTable(P(None, split.rows), P(), RowSink(parts, parts, parts))
+        run = on_shards(lambda *args: self.local(split, *args), (tokens, tokens, arrays, rows, sinks), (tokens, tally))
         return run(x, present, router, table, sink)
 
     @property
@@ -63,7 +69,7 @@ class Retrieval:
         return self.training and self.spec.query_norm == "batch" and self.spec.momentum < 1
 
     def local(self, split: Split, x: Array, present: Array, router: RouterArrays, table: Array,
-              sink: RowSink | Array | None) -> tuple[Array, Aux]:
+              sink: Sink) -> tuple[Array, Aux]:
         """One device's part: its tokens, the heads and rows that it owns; outputs and sums are whole."""
         B, T, D = x.shape
         x, present = x.reshape(1, B * T, D), present.reshape(1, B * T)
@@ -76,13 +82,14 @@ class Retrieval:
             shape = router.kernel.shape[1:]
             mean, var = (value.reshape(shape) for value in moments.mean_and_var())
             router = router._replace(mean=mean, var=var)
-        first, rows = split.first_row(table.shape[0]), table.shape[0]
+        rows = table.shape[isinstance(sink, StackedTable)]
+        first, into_rows = split.first_row(rows), isinstance(sink, (RowSink, StackedTable))
 
         def some(x, here):
             ids, gates, entropy = choose(x, here, router, self.spec)
             own = jnp.where((ids >= first) & (ids < first + rows), ids - first, -1)
             sums = self.measured(split, here, ids, own, gates, entropy, rows)
-            if isinstance(sink, RowSink):
+            if into_rows:
                 return (own, gates), sums
             y = self.combine(x, own, gates, table)
             if sink is not None:
@@ -90,7 +97,7 @@ class Retrieval:
             return y, sums
 
         y, sums = over_chunks(some, size, x, present)
-        if isinstance(sink, RowSink):  # rows of all tokens have places in one sink; sorting pairs takes no more memory
+        if into_rows:  # rows of all tokens have places in one sink; sorting pairs takes no more memory
             y = self.into_rows(x, *y, table, sink)
         y = total(y, split.rows, split.heads).reshape(B, T, D)
         over = {"usage": (split.tokens, split.heads), "entropy": (split.tokens, split.heads),
@@ -100,11 +107,15 @@ class Retrieval:
             tally["router"] = {"queries": jax.lax.stop_gradient(moments)}
         return y, tally
 
-    def into_rows(self, x: Array, ids: Array, gates: Array, table: Array, sink: RowSink) -> Array:
+    def into_rows(self, x: Array, ids: Array, gates: Array, table: Array, sink: RowSink | StackedTable) -> Array:
         """y [1, M, D], whose gradient with respect to the table goes into this device's part of the sink."""
+        first = 0
+        if isinstance(sink, StackedTable):
+            first, table = sink.layer * table.shape[1], table.reshape(-1, *table.shape[2:])
+            ids, sink = jnp.where(ids < 0, ids, ids + first), sink.sink
         mine = jax.tree.map(lambda a: a[0, 0], sink)
         y, touched = self.combine_rows(x, ids, gates, table, mine.rows)
-        found = jnp.where(touched.ids < table.shape[0], touched.ids + 1, 0)
+        found = jnp.where(touched.ids < table.shape[0], touched.ids - first + 1, 0)
         return deliver(y, (mine.ids, mine.uses), (found.astype(mine.ids.dtype), jnp.ones_like(mine.uses)))
 
     def token_bytes(self, router: RouterArrays) -> int:
