@@ -23,6 +23,7 @@ ALLOWED = {
     "lm.analysis": {"lm.core", "lm.layers"},
     "lm.claims": {"lm.core", "lm.data", "lm.eval", "lm.generate", "lm.losses", "lm.models", "lm.optim", "lm.tasks",
                   "lm.train", "pallas_kernels"},
+    "lm.report": {"lm.core", "lm.train"},
     "experiments": set(),
     "launch": {"lm", "experiments", "pallas_kernels"},
 }

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def optuna() -> Any:
     except ImportError:
         raise ValueError("lm sweep needs optuna: pip install 'loomlm[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
 
