@@ -122,6 +122,7 @@ def prepare(config: Any) -> Prepared:
 
     from launch import adapters
     from launch import config as configs
+    from launch.distill import check_teacher
     from launch.preference import copy_of
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
@@ -145,6 +146,7 @@ def prepare(config: Any) -> Prepared:
     on_device = goldfish is not None and goldfish.where == "device"
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
                               seq_len=options.seq_len, corpora=corpora, goldfish=None if on_device else goldfish)
+    check_teacher(config.loss, train_set)
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
     check_mesh(model, mesh.shape)
     boxed = abstract_params(model)

@@ -70,6 +70,23 @@ class ReferencedBatch(NamedTuple):
     present = Batch.present
 
 
+class TaughtBatch(NamedTuple):
+    """A training batch with what a teacher predicts: the fields of `Batch`; `teacher_ids`, [B, T, k] int32, the
+    teacher's most probable tokens at each target; `teacher_logp`, [B, T, k + 1] float32, its log-probabilities of these
+    and of all others together. Both are of no meaning where the weight is 0."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    teacher_ids: Any
+    teacher_logp: Any
+
+    reset = Batch.reset
+    present = Batch.present
+
+
 def batch_spec(batch_size: int, seq_len: int) -> Batch:
     """Shapes and dtypes of a batch, as zero-cost numpy placeholders for tracing and for contract tests."""
     shape = (batch_size, seq_len)

@@ -14,6 +14,7 @@ from lm.data.sources import read_documents
 from lm.data.split import DEFAULT_FRACTION, validation_mask
 from lm.data.synthetic.base import Task
 from lm.data.synthetic.ids import Ids
+from lm.data.teacher import Teacher
 from lm.data.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ def _fraction(options: DataOptions, source: SourceOptions, name: str) -> float:
 def _load(name: str, source: SourceOptions, options: DataOptions, tokenizer: Tokenizer) -> Corpus:
     special = {"add_bos": options.add_bos, "add_eos": options.add_eos}
     if source.kind in PREPARED:
-        return PreparedCorpus(source.path, tokenizer, **special)
+        corpus = PreparedCorpus(source.path, tokenizer, **special)
+        corpus.teacher = None if source.teacher is None else Teacher(source.teacher, corpus)
+        return corpus
     advice = f"`lm data prepare --source {source.kind}` tokenizes {name!r} once for all runs"
     corpus = MemoryCorpus(encode_documents(read_documents(source), tokenizer, advice=advice), tokenizer, **special)
     log.info("%s: %d documents, %d tokens, %d bytes", name, len(corpus.inputs), corpus.streams.sum(),

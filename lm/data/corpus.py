@@ -5,7 +5,7 @@ its targets the stream from the second token on: eos is predicted and never read
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,11 +34,12 @@ class Corpus:
     inputs, streams: [N] int64, tokens that a document feeds to the model, and those plus eos.
     num_targets: [N] int64, tokens of a document that are to be learned. target_bytes: [N] int64, UTF-8 bytes of these.
     weights: [N] float32 that multiplies the loss weights of a document, or None for 1.
-    whole: whether a document that is cut is of no use.
+    whole: whether a document that is cut is of no use. teacher: predictions for every target, or None.
     """
 
     weights: np.ndarray | None = None
     whole = False
+    teacher: Any = None
 
     def __init__(self, table: DocumentTable, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> None:
         for wanted, name in ((add_bos, "bos"), (add_eos, "eos")):
@@ -59,6 +60,10 @@ class Corpus:
         """(inputs, targets, whether the target exists and is to be learned), each [sum(length)], of pieces one after
         the other."""
         raise AssertionError(f"{type(self).__name__} does not say how its tokens are read")
+
+    def targets_before(self, document: int, start: int) -> int:
+        """How many targets of a document come before that of its input `start`."""
+        return start
 
     def blocks(self, documents: np.ndarray, size: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(inputs, targets) of every target of the documents, at most `size` at a time."""

@@ -23,6 +23,7 @@ from lm.data.preference.dataset import PairDataset
 from lm.data.rows import LaneRows, Rows, empty_batch, fill_rows
 from lm.data.synthetic import TASKS
 from lm.data.synthetic.dataset import SyntheticDataset
+from lm.data.teacher import Teacher
 from lm.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -31,12 +32,13 @@ SPLITS = ("train", "validation")
 class RowReader:
     """Rows of a mixture by number. Small to send to worker processes: no tokenizer, no caches."""
 
-    def __init__(self, sources: list[Rows] | list[LaneRows], shares: tuple[int, ...], seq_len: int) -> None:
-        self.sources, self.shares, self.seq_len = sources, shares, seq_len
+    def __init__(self, sources: list[Rows] | list[LaneRows], shares: tuple[int, ...], seq_len: int,
+                 k: int | None = None) -> None:
+        self.sources, self.shares, self.seq_len, self._k = sources, shares, seq_len, k
 
     def read(self, places: list[tuple[int, int] | None]) -> Batch:
         """The batch of (source, row of that source); None gives a row of padding."""
-        batch = empty_batch(len(places), self.seq_len)
+        batch = empty_batch(len(places), self.seq_len, self._k)
         for number, source in enumerate(self.sources):
             rows = [i for i, place in enumerate(places) if place is not None and place[0] == number]
             if rows:
@@ -58,6 +60,7 @@ class TokenDataset(StepBatches):
     packing_efficiency: share of positions that are not padding, over the mixture as it is sampled.
     token_bytes: [vocab_size] float64, UTF-8 bytes that a target stands for, scaled so that they add up to num_bytes
       over the split; bits per byte is sum(weights * bits) / sum(weights * token_bytes[targets]).
+    teacher: whose predictions come with every batch, or None.
     fingerprint: of everything that decides the batches.
     """
 
@@ -78,7 +81,9 @@ class TokenDataset(StepBatches):
         rates = [s.part.weight * (1 / s.packing_efficiency if options.mixture == "tokens"
                                   else s.num_rows / len(s.part.documents)) for s in sources]
         self._shares = proportions(rates)
-        self.reader = RowReader(sources, self._shares, seq_len)
+        # What is evaluated is compared with the text, not with a teacher.
+        self.teacher = teacher_of(parts) if split == "train" else None
+        self.reader = RowReader(sources, self._shares, seq_len, self.teacher and self.teacher.k)
         self.num_rows_per_epoch = sum(s.num_rows for s in sources)
         shares = np.array(self._shares) / sum(self._shares)
         self.packing_efficiency = float(sum(shares * [s.packing_efficiency for s in sources]))
@@ -93,7 +98,8 @@ class TokenDataset(StepBatches):
         self.fingerprint = digest(
             [[keys[name], p.corpus.fingerprint, digest(p.documents), p.weight] for name, p in parts.items()],
             [split, seed, batch_size, seq_len, options.packing, options.packing_window, options.shuffle,
-             options.mixture, *(["documents"] if options.weigh == "documents" else [])])
+             options.mixture, *(["documents"] if options.weigh == "documents" else []),
+             *([p.corpus.teacher.fingerprint for p in parts.values()] if self.teacher else [])])
 
     def eval_batches(self, limit: int | None = None, process_index: int = 0,
                      process_count: int = 1) -> Iterator[Batch]:
@@ -177,6 +183,17 @@ def _build(options: DataOptions, tokenizer: Tokenizer | None, split: str, seed: 
         raise ValueError(f"seq_len {seq_len} is longer than all training data, {inputs} tokens; set train.seq_len to "
                          f"at most {inputs}, or give more data")
     return TokenDataset(corpora, options, split=split, seed=seed, batch_size=batch_size, seq_len=seq_len)
+
+
+def teacher_of(parts: Mapping[str, Part]) -> Teacher | None:
+    """The teacher of a mixture, None without. Raises ValueError where only some sources have one, or unlike ones."""
+    found = {name: part.corpus.teacher for name, part in parts.items()}
+    kinds = {name: teacher and (teacher.k, teacher.temperature) for name, teacher in found.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError("the sources of a mixture need predictions of a teacher alike, or none: " + ", ".join(
+            f"{name} has " + (f"{kind[0]} tokens at temperature {kind[1]:g}" if kind else "none")
+            for name, kind in kinds.items()))
+    return next(iter(found.values()))
 
 
 def check_whole(parts: Mapping[str, Part], seq_len: int) -> None:

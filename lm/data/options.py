@@ -32,6 +32,8 @@ class SourceOptions:
     max_document_chars: int | None = option(None, "longer texts are cut, at a line end where there is one, into "
                                                   "documents of at most this many characters")
     group: str | None = option(None, "the chats of one group of a prepared folder, see `lm data prepare --group-by`")
+    teacher: str | None = option(None, "predictions of a teacher for a prepared folder (`lm distill`), which "
+                                       "config.loss.distill learns from")
     task: dict = option({}, "fields of the made rows of that source, see docs/data.md")
     weight: float = option(1.0, "share of this source in a mixture, relative to the others")
 
@@ -52,6 +54,9 @@ class SourceOptions:
             raise ValueError(f"{where}: separator and max_document_chars act on text; give them to `lm data prepare`")
         if self.group is not None and kind != "array_record":
             raise ValueError(f"{where}.group names a group of chats in a prepared folder (source='array_record'); got "
+                             f"source={kind!r}")
+        if self.teacher is not None and kind != "array_record":
+            raise ValueError(f"{where}.teacher holds predictions for a prepared folder (source='array_record'); got "
                              f"source={kind!r}")
         if self.separator == "":
             raise ValueError(f"{where}.separator must not be empty; None keeps a text whole")

@@ -96,6 +96,11 @@ class PreparedCorpus(Corpus):
         counts = -(-self.table.num_tokens // self._size)
         self._first = np.cumsum(counts) - counts
 
+    def targets_before(self, document: int, start: int) -> int:
+        if self._answers is None or start == 0:
+            return start
+        return int(self._read(self._answers, document, 1, start + 1).sum())
+
     def in_group(self, name: str) -> np.ndarray:
         """[N] bool: documents of that group. Raises ValueError where there is none of that name."""
         names = [] if self._groups is None else self._names

@@ -7,22 +7,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.core.batch import Batch
+from lm.core.batch import Batch, TaughtBatch
 from lm.data.corpora import Part
 from lm.data.corpus import Corpus
 from lm.data.lanes import Lanes
 from lm.data.packing import PACKINGS, Concat, Pieces, RowOrder
 
 
-def empty_batch(batch_size: int, seq_len: int) -> Batch:
-    """Rows of padding: weight 0, segment 0, positions from 0."""
+def empty_batch(batch_size: int, seq_len: int, k: int | None = None) -> Batch | TaughtBatch:
+    """Rows of padding: weight 0, segment 0, positions from 0; with `k`, rows for that many tokens of a teacher."""
     shape = (batch_size, seq_len)
     zeros = lambda dtype: np.zeros(shape, dtype)
     positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape).copy()
-    return Batch(zeros(np.int32), zeros(np.int32), zeros(np.float32), zeros(np.int32), positions)
+    batch = Batch(zeros(np.int32), zeros(np.int32), zeros(np.float32), zeros(np.int32), positions)
+    if k is None:
+        return batch
+    uniform = np.full((*shape, k + 1), -np.log(k + 1), np.float32)
+    return TaughtBatch(*batch, np.zeros((*shape, k), np.int32), uniform)
 
 
-def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpus: Corpus) -> None:
+def fill_rows(batch: Batch | TaughtBatch, rows: Sequence[int], pieces: Sequence[Pieces], corpus: Corpus) -> None:
     """Writes the i-th pieces into row rows[i] of a batch made by `empty_batch`, in place."""
     seq_len = batch.tokens.shape[1]
     counts = np.array([len(p.document) for p in pieces])
@@ -34,13 +38,17 @@ def fill_rows(batch: Batch, rows: Sequence[int], pieces: Sequence[Pieces], corpu
     row = np.repeat(np.asarray(rows), counts)
     position = np.arange(len(inputs)) - np.repeat(before, length)
     at = np.repeat(row * seq_len + in_row, length) + position
-    flat = Batch(*(field.reshape(-1) for field in batch))
+    flat = Batch(*(field.reshape(-1) for field in batch[:len(Batch._fields)]))
     # The padding tail starts over at 0 where the documents end.
     filled = np.add.reduceat(length, first)
     batch.positions[np.asarray(rows)] = np.arange(seq_len, dtype=np.int32) - filled[:, None]
     flat.tokens[at] = inputs
     flat.targets[at] = np.where(known, targets, 0)
     flat.weights[at] = known if corpus.weights is None else known * np.repeat(corpus.weights[document], length)
+    if isinstance(batch, TaughtBatch):
+        for field, values in zip(batch[len(Batch._fields):], corpus.teacher.gather(document, start, length, known),
+                                 strict=True):
+            field.reshape(-1, field.shape[-1])[at] = values
     flat.segment_ids[at] = np.repeat(np.arange(len(length)) - np.repeat(first, counts) + 1, length)
     flat.positions[at] = position + np.repeat(begin, length)
 

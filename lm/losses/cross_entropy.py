@@ -4,6 +4,8 @@ Shape legend: B batch, T time, D embed_dim, V padded vocabulary, N = B * T, C ch
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,18 @@ def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None
     """Scores of `targets` [B, T] given hidden states [B, T, D], never holding logits of more than `chunk` positions a
     row; the backward pass computes each chunk's logits again.
 
-    chunk: positions of T at a time and device; None picks the largest that holds at most CHUNK_ELEMENTS logits a
-    device. Values do not depend on it beyond rounding.
+    chunk: see `over_chunks`. Values do not depend on it beyond rounding.
+    """
+    return over_chunks(scores_of, hidden, head, targets, chunk=chunk)
+
+
+def over_chunks(score: Callable[[Array, Any], Any], hidden: Array, head: Head, beside: Any, *,
+                chunk: int | None = None) -> Any:
+    """`score(logits, beside)` of all positions, a chunk of them at a time, made again in the backward pass.
+
+    beside: tree of arrays [B, T, ...], what each position needs besides its logits. score: of logits [B, C, V], gives a
+    tree of arrays [B, C, ...]. chunk: positions of T at a time and device; None picks the largest that holds at most
+    CHUNK_ELEMENTS logits a device.
     """
     B, T, _ = hidden.shape
     V = head.kernel.shape[0]
@@ -41,8 +53,9 @@ def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None
     if chunk is None:
         rows = math.ceil(B / axis_size("data", "fsdp"))
         chunk = max(1, CHUNK_ELEMENTS // (rows * math.ceil(V / axis_size("tensor"))))
+    one = lambda hidden, beside: score(constrain(logits_of(hidden, head), "batch", "length", "vocab"), beside)
     if chunk >= local:
-        return _chunk_scores(hidden, head, targets)
+        return one(hidden, beside)
     count = math.ceil(local / chunk)
     chunk = math.ceil(local / count)
 
@@ -54,17 +67,12 @@ def token_scores(hidden: Array, head: Head, targets: Array, *, chunk: int | None
         return a.reshape(count, B, shards * chunk, *a.shape[4:])
 
     def join(a):
-        a = jnp.moveaxis(a.reshape(count, B, shards, chunk), 0, 2)
-        return a.reshape(B, shards, count * chunk)[:, :, :local].reshape(B, T)
+        a = jnp.moveaxis(a.reshape(count, B, shards, chunk, *a.shape[3:]), 0, 2)
+        return a.reshape(B, shards, count * chunk, *a.shape[4:])[:, :, :local].reshape(B, T, *a.shape[4:])
 
     # The map closes over the head, so its gradient is summed over chunks in one buffer.
-    one = jax.checkpoint(lambda part: _chunk_scores(part[0], head, part[1]))
-    return jax.tree.map(join, jax.lax.map(one, (cut(hidden), cut(targets))))
-
-
-def _chunk_scores(hidden: Array, head: Head, targets: Array) -> TokenScores:
-    logits = constrain(logits_of(hidden, head), "batch", "length", "vocab")
-    return scores_of(logits, targets)
+    remade = jax.checkpoint(lambda part: one(*part))
+    return jax.tree.map(join, jax.lax.map(remade, (cut(hidden), jax.tree.map(cut, beside))))
 
 
 def next_token(scores: TokenScores, batch: Batch) -> Array:

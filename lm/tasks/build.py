@@ -13,7 +13,7 @@ from typing import Any
 
 from lm.core.fields import build, check_known, did_you_mean, fill
 from lm.core.types import Objective
-from lm.losses import LOSSES, REPORTED
+from lm.losses import LOSSES, REPORTED, TAUGHT
 from lm.losses.base import Term
 from lm.losses.preference import PREFERENCE
 from lm.losses.preference.reference import REFERENCES
@@ -25,8 +25,9 @@ CHUNK, REFERENCE = "chunk", "reference"  # options that belong to the objective,
 
 
 def terms() -> dict[str, Any]:
-    """Every loss that the group may name: those of predictions, of preferences, and those that layers report."""
-    return {**LOSSES, **PREFERENCE, **REPORTED}
+    """Every loss that the group may name: those of predictions, of a teacher's predictions, of preferences, and those
+    that layers report."""
+    return {**LOSSES, **TAUGHT, **PREFERENCE, **REPORTED}
 
 
 def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,9 +65,14 @@ def resolve_loss(given: Mapping[str, Any]) -> dict[str, Any]:
     if not any(weights.values()):
         raise ValueError(f"config.loss: every weight is 0 ({', '.join(weights)}), so nothing would be learned; give at "
                          f"least one loss a weight")
-    if not any(weight for name, weight in weights.items() if name in LOSSES or name in PREFERENCE):
+    if not any(weight for name, weight in weights.items() if name in {**LOSSES, **TAUGHT, **PREFERENCE}):
         raise ValueError(f"config.loss: {', '.join(weights)} only adds to a loss of predictions, and there is none; "
                          f"give one a weight, e.g. next_token=1.0")
+    taught = [name for name in weights if name in TAUGHT]
+    if taught and (pairs or given.get(GOLDFISH) is not None):
+        raise ValueError(f"config.loss.{taught[0]}: there are no predictions of a teacher for "
+                         f"{'pairs' if pairs else 'rows that ' + GOLDFISH + ' takes targets out of'}; leave one of "
+                         f"them out")
     if pairs and given.get(GOLDFISH) is not None:
         raise ValueError(f"config.loss.{GOLDFISH} takes targets out, and {pairs[0]} needs every token of a response; "
                          f"leave one of them out")

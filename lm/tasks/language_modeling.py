@@ -7,6 +7,7 @@ from lm.core.batch import Batch
 from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Output, Params, State, TokenScores
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
+from lm.losses.distillation import Distill, taught_scores
 from lm.losses.routing import Reported
 from lm.tasks.goldfish import apart
 
@@ -40,9 +41,14 @@ class LanguageModeling:
         """(means of the terms, carry, {"accuracy": share of targets that are the most probable token, "tally": what the
         layers counted, where they do}), and of a batch with a mask what `apart` says."""
         out = forward(apply, params, batch, key, carry if self.carry_per_row else None)
-        scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
-        means = {name: term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported)
-                 else Mean.of(term.loss(scores, batch), batch.weights) for name, term in self.terms.items()}
+        distill = next((term.loss for term in self.terms.values() if isinstance(term.loss, Distill)), None)
+        if distill is None:
+            scores, student = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk), None
+        else:
+            scores, student = taught_scores(out.hidden, out.head, batch, distill.temperature, chunk=self.chunk)
+        means = {name: term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported) else
+                 Mean.of(term.loss(student if term.loss is distill else scores, batch), batch.weights)
+                 for name, term in self.terms.items()}
         after = out.state if self.carry_per_row else carry
         tally = {"tally": out.aux["tally"]} if "tally" in out.aux else {}
         return means, after, {"accuracy": Mean.of(scores.argmax == batch.targets, batch.weights),

@@ -37,7 +37,7 @@ def to_device(batch: Batch, mesh: Mesh, index: int, count: int) -> Batch:
         def local(where):
             start, stop, _ = where[0].indices(shape[0])
             return leaf[start - low:stop - low, where[1]]
-        return jax.make_array_from_callback(shape, sharding, local)
+        return jax.make_array_from_callback((*shape, *leaf.shape[2:]), sharding, local)
 
     return jax.tree.map(put, batch)
 

@@ -186,7 +186,7 @@ def test_documents_that_count_the_same_have_the_same_sum_of_weights(tmp_path, li
 @pytest.mark.parametrize(("argv", "message"), [
     (["--kind", "chats"], "no kind 'chats'; did you mean 'chat'"),
     (["--answers", "last"], "--answers belongs to --kind chat"),
-    (["--kind", "chat", "--workers", "1"], "chats are prepared in one process"),
+    (["--kind", "chat", "--workers", "1"], "prepared in one process"),
     (["--kind", "chat", "--template", "chatlm"], "did you mean 'chatml'"),
     (["--kind", "chat", "--source", "sotu", "--template", "plain"], "read from jsonl or parquet"),
 ])
