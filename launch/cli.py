@@ -24,6 +24,8 @@ COMMANDS = {
     "launch": ("launch.launch", "start a run on this machine, Slurm, TPU VMs, GKE, or a cloud's GPUs"),
     "sweep": ("launch.sweep", "many runs with different settings: a grid, or a search"),
     "plan": ("launch.plan", "parameters in all and active, and FLOPs a token, of a config's layers"),
+    "report": ("launch.report", "runs or a sweep as one HTML page and as Markdown"),
+    "watch": ("launch.watch", "how runs are going, in the terminal"),
     "distill": ("launch.distill", "a teacher's most probable tokens at every target of prepared data, to disk"),
     "convert": ("launch.convert", "published weights into a workdir, and a run into files for others"),
     "grow": ("launch.grow", "more experts for a trained PEER run, as a new run that computes the same"),
