@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm eval`."""
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
-    parser.add_argument("--task", choices=("perplexity", eval_memorization.NAME), default="perplexity",
+    parser.add_argument("--task", choices=("perplexity", eval_memorization.NAME, eval_preference.NAME),
+                        default="perplexity",
                         help="what is measured (default: loss, perplexity, bits per byte and accuracy)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", dest="sets",
                         help="a text, JSONL or parquet file, folder or glob, besides those of the config; repeat it "
@@ -29,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction,
                         help="print a bigram fitted on the training split beside it (default: eval.baseline)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    eval_memorization.add_arguments(parser)
     depth.add_evaluation_arguments(parser)
+    eval_memorization.add_arguments(parser)
+    eval_preference.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,9 +57,9 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps({"step": run.step, "ema": args.ema, "metrics": plain(metrics)}, indent=2))
     else:
         print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
+        depth.print_histograms(metrics)
     return 0
 
-        depth.print_histograms(metrics)
 
 def parse_sets(words: list[str]) -> dict[str, str]:
     """{name: path} of NAME=PATH words; raises ValueError for other words and names given twice."""
@@ -76,11 +78,14 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace,
     import jax
 
     from launch import config as configs
+    from launch.preference import holds_pairs
     from lm.eval.base import evaluate
     from lm.eval.options import VALIDATION
     from lm.eval.perplexity import Perplexity
     from lm.eval.sets import load_text, set_of
     options, data = configs.options(run.config, "eval"), configs.options(run.config, "data")
+    if holds_pairs(data):
+        raise ValueError("the run learned from pairs, which have no perplexity of a text; use --task preference")
     size = {"batch_size": run.config.train.batch_size, "seq_len": run.config.train.seq_len}
     paths = {**options.sets, **given}
     if VALIDATION in paths:

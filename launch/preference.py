@@ -1,9 +1,12 @@
 """What a config that learns from preferences needs: its reference model, and a loss that fits the data."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from launch import adapters
+
+CACHE = "reference.npy"  # in the workdir: log-probabilities of the reference model, see `lm.tasks.reference_cache`
 
 
 def loss_of(config: Any) -> str | None:
@@ -37,6 +40,12 @@ def check(config: Any, data: Any, train: Any) -> None:
         return
     if train.state_tuning:
         raise ValueError("config.train.state_tuning needs rows of one document, and a row of pairs holds several")
+    if config.loss.get("goldfish"):
+        raise ValueError(f"config.loss.goldfish takes targets out of texts, and {name} compares whole responses; leave "
+                         f"one of them out")
+    if objective.reference == "cached" and data.kind != "pairs":
+        raise ValueError(f"config.loss.reference='cached' is for pairs that come again (source='pairs'); "
+                         f"{data.kind} makes new ones at every step; use reference='copy'")
     if objective.loss.needs_mismatched and not mismatched(data):
         raise ValueError(f"config.loss.{name} estimates its baseline from responses to other prompts; set "
                          f"config.data.mismatched=True (made rows: config.data.task.mismatched)")
@@ -61,10 +70,53 @@ def copy_of(config: Any, options: Any, boxed: Any) -> Callable[[], Any] | None:
     return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed)
 
 
-def with_reference(config: Any, state: Any) -> Any:
-    """A fresh state whose carry, where it is to be a copy, is that of its own variables."""
+def with_reference(prepared: Any, state: Any, workdir: str) -> Any:
+    """A fresh state whose carry, where it is to be a copy, is that of its own variables; where log-probabilities of the
+    reference are to be cached, they are computed and written into the workdir now."""
     import jax
     import jax.numpy as jnp
-    if objective_of(config) is None or not jax.tree.leaves(state.carry):
+    objective = objective_of(prepared.config)
+    if objective is None:
         return state
-    return state._replace(carry=jax.tree.map(jnp.copy, state.params))
+    if objective.reference == "cached":
+        _cache(prepared, state.params, workdir)
+    return state._replace(carry=jax.tree.map(jnp.copy, state.params)) if jax.tree.leaves(state.carry) else state
+
+
+def _cache(prepared: Any, params: Any, workdir: str) -> None:
+    import functools
+
+    import jax
+    from etils import epath
+
+    from lm.models.build import make_apply
+    from lm.tasks.reference_cache import write
+    from lm.train.feed import to_device
+    if jax.process_count() > 1:
+        raise ValueError("config.loss.reference='cached' is computed by one process; use reference='copy' or "
+                         "'adapters_off' with several")
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    place = functools.partial(to_device, mesh=prepared.mesh, index=0, count=1)
+    prepared.train_set.reader.reference = write(epath.Path(workdir) / CACHE, make_apply(prepared.model), params,
+                                                prepared.train_set, place, on_nonfinite=prepared.options.on_nonfinite)
+
+
+def attach(prepared: Any, workdir: str) -> None:
+    """Reads the cached log-probabilities of a run that goes on."""
+    from etils import epath
+
+    from lm.tasks.reference_cache import read
+    objective = objective_of(prepared.config)
+    if objective is not None and objective.reference == "cached" and prepared.train_set.reader.reference is None:
+        prepared.train_set.reader.reference = read(epath.Path(workdir) / CACHE, prepared.train_set)
+
+
+def reporting(train_set: Any) -> Callable[[int, int, int], Any]:
+    """`train_set.batch` for a step that went wrong: it also says which lines the pairs of that batch come from."""
+    if not hasattr(train_set, "places"):
+        return train_set.batch
+
+    def batch_at(step: int, index: int, count: int) -> Any:
+        logging.error("the batch of step %d holds the pairs of %s", step + 1, ", ".join(train_set.places(step)))
+        return train_set.batch(step, index, count)
+    return batch_at

@@ -36,20 +36,22 @@ def main(args: argparse.Namespace) -> int:
     prepared = prepare(config)  # before anything is written: a config that cannot run leaves no trace
 
     def begun() -> None:
+        attach(prepared, args.workdir)
         if first:
             check_workdir(args.workdir, config, allow_change=args.allow_config_change)
             write_environment(args.workdir, args.config)
             write_parameters(args.workdir, prepared)
             print(prepared.headline, flush=True)
 
-    from launch.preference import with_reference
+    from launch.preference import attach, with_reference
     from lm.train.loop import Schedule, train
     evaluation = configs.options(config, "eval")
     with jax.set_mesh(prepared.mesh):
         return train(prepared.experiment(args.workdir), args.workdir, prepared.mesh, options=prepared.options,
                      checkpoint=configs.options(config, "checkpoint"), log=configs.options(config, "log"),
                      schedule=Schedule(evaluation.every, evaluation.final), profile=args.profile,
-                     start=lambda state: with_reference(config, prepared.start(state, args.workdir)), begun=begun)
+                     start=lambda state: with_reference(prepared, prepared.start(state, args.workdir), args.workdir),
+                     begun=begun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Prepared:
         from launch import adapters
         from launch import config as configs
         from launch.evaluation import Evaluation
+        from launch.preference import reporting
         from lm.data.loader import iterate
         from lm.models.build import make_apply, not_additive
         from lm.tasks.build import build_objective
@@ -88,7 +91,7 @@ class Prepared:
             apply=make_apply(self.model), objective=build_objective(
                 self.config.loss.to_dict(), carry_state=self.options.carry_state,
                 not_additive=not_additive(self.model)), recipe=self.recipe,
-            batches=batches, batch_at=self.train_set.batch, evaluate=evaluation,
+            batches=batches, batch_at=reporting(self.train_set), evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
             # Frozen kernels need no gradient of their own: forward, and backward through the inputs.

@@ -53,7 +53,12 @@ class PairReader:
         if self.reference is None:
             return batch
         nothing = np.zeros(self.seq_len, np.float32)
-        return ReferencedBatch(*batch, np.stack([nothing if row is None else self.reference[row] for row in rows]))
+        reference = np.stack([nothing if row is None else self.reference[row] for row in rows])
+        # Pairs that the reference could not score are left out whole.
+        for i in np.flatnonzero(~np.isfinite(reference).all(axis=1)):
+            groups = (batch.segment_ids[i] - 1) // KINDS
+            batch.weights[i, np.isin(groups, groups[~np.isfinite(reference[i])])] = 0
+        return ReferencedBatch(*batch, np.nan_to_num(reference, posinf=0, neginf=0))
 
     def in_row(self, row: int) -> np.ndarray:
         """Numbers of the groups of a row of the plan."""

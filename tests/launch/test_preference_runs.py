@@ -1,0 +1,122 @@
+"""Learning from preferences from the command line: prepared pairs, references of each kind, evaluation and judges."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch import cli
+from launch import config as configs
+from lm.core.tree import named_leaves
+from lm.train.checkpoint import restore_params
+
+MODEL = dict(embed_dim=16, num_layers=1, pattern=("attention/mlp",), attention=dict(num_heads=2),
+             mlp=dict(mlp_dim=32), dtype="float32", vocab_size=257)
+STEPS = 6
+
+
+def length_score(prompt, response):
+    """A judge for these tests: long responses are better."""
+    return len(response)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """pairs.jsonl prepared as `pairs`, and a run `base` whose parameters are the start of others."""
+    folder = tmp_path_factory.mktemp("preferences")
+    records = [dict(prompt=f"{i}?", chosen="yes" * (1 + i % 3), rejected="no" * (1 + i % 2)) for i in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, dict(prompt="x")]))
+    assert cli.main(["data", "prepare", "--kind", "preference", "--source", "jsonl", "--path",
+                     str(folder / "pairs.jsonl"), "--tokenizer", '{"kind": "bytes", "eos_id": 256}', "--template",
+                     "text", "--validation-fraction", "0.2", "--out", str(folder / "pairs")]) == 0
+    assert run(folder, "base", dict(orpo=dict(odds_weight=0.0))) == 0
+    return folder
+
+
+def run(folder, name, loss, steps=STEPS, **train):
+    made = dict(model=MODEL, loss=loss, data=dict(source="pairs", path=str(folder / "pairs")),
+                optimizer=dict(name="sgd", learning_rate=0.5, schedule="constant", warmup_steps=0),
+                train=dict(steps=steps, batch_size=8, seq_len=48) | train,
+                eval=dict(every=1000), log=dict(every=1, tensorboard=False))
+    (folder / f"{name}.json").write_text(configs.to_json(configs.resolve(made)))
+    return cli.main(["train", "--config", str(folder / f"{name}.json"), "--workdir", str(folder / name)])
+
+
+def rows(folder, name):
+    """(rows of training, the last row of validation) of metrics.jsonl."""
+    found = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    held = [row for row in found if "eval/validation/loss" in row]
+    return [row for row in found if "train/loss" in row], held[-1]
+
+
+def test_rows_left_out_are_said(folder, capsys):
+    cli.main(["data", "prepare", "--kind", "preference", "--source", "jsonl", "--path", str(folder / "pairs.jsonl"),
+              "--tokenizer", '{"kind": "bytes", "eos_id": 256}', "--template", "text", "--out", str(folder / "again")])
+    said = capsys.readouterr().out
+    assert "61 rows: 60 kept" in said and "fields missing: 1, at" in said and "pairs.jsonl:61" in said
+    assert "60 pairs" in said and "source='pairs'" in said
+
+
+def test_a_run_learns_and_its_validation_tells_accuracy_beside_the_length_baseline(folder):
+    train, held = rows(folder, "base")
+    assert train[-1]["train/loss"] < train[0]["train/loss"]
+    for name in ("accuracy", "accuracy_low", "length_baseline", "chosen_logp", "logp_margin", "pairs"):
+        assert np.isfinite(held[f"eval/validation/{name}"])
+    assert held["eval/validation/length_baseline"] > 0.5
+
+
+@pytest.mark.slow
+def test_copied_and_cached_references_train_alike_and_a_run_goes_on_with_its_own(folder):
+    start = dict(init_from=str(folder / "base"))
+    for name, reference in (("copy", "copy"), ("cached", "cached")):
+        assert run(folder, name, dict(dpo=dict(beta=0.5), reference=reference), **start) == 0
+    losses = [[row["train/loss"] for row in rows(folder, name)[0]] for name in ("copy", "cached")]
+    assert losses[0][0] == pytest.approx(np.log(2), rel=1e-5) and losses[0][-1] < losses[0][0] - 1e-4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    assert (folder / "cached" / "reference.npy").exists()
+    # Cut in two, each half with the reference of before the first step.
+    for name, reference in (("copy", "copy"), ("cached", "cached")):
+        loss = dict(dpo=dict(beta=0.5), reference=reference)
+        assert run(folder, f"{name}2", loss, steps=3, **start) == 0
+        assert run(folder, f"{name}2", loss, **start) == 0
+        np.testing.assert_allclose([row["train/loss"] for row in rows(folder, f"{name}2")[0]], losses[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_alone_learn_and_the_model_without_them_is_the_reference(folder, capsys):
+    assert run(folder, "lora", dict(dpo=1.0), init_from=str(folder / "base"), lora_rank=2) == 0
+    train, held = rows(folder, "lora")
+    assert train[0]["train/loss"] == pytest.approx(np.log(2), rel=1e-5) and train[-1]["train/loss"] < np.log(2)
+    assert held["eval/validation/kl"] > 0
+    before, after = (named_leaves(restore_params(str(folder / name), None)[0]) for name in ("base", "lora"))
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(after[name], leaf)
+    assert any(name.startswith("lora/") for name in after)
+    capsys.readouterr()
+    judge = f"{__name__}:length_score"
+    assert cli.main(["eval", "--workdir", str(folder / "lora"), "--task", "preference", "--judge", judge, "--responses",
+                     "8", "--response-tokens", "6", "--against", str(folder / "lora"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    assert found["eval/validation/win_rate"] == 0.5 and found["eval/validation/prompts"] == 8  # against itself
+    assert found["eval/validation/length_win_rate"] == 0.5 and found["eval/validation/kl"] == pytest.approx(0, abs=1e-6)
+    assert cli.main(["eval", "--workdir", str(folder / "lora"), "--task", "preference", "--judge",
+                     f"logprob:{folder / 'base'}", "--responses", "8", "--set", f"again={folder / 'pairs'}"]) == 0
+    said = capsys.readouterr().out
+    assert "win rate by length alone" in said and "length baseline" in said and "again" in said
+
+
+def test_a_perplexity_of_pairs_is_refused(folder, capsys):
+    assert cli.main(["eval", "--workdir", str(folder / "base")]) == 2
+    assert "--task preference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"loss": {"next_token": 1.0}}, "no preference loss"), ({"data": {"source": "pydoc"}}, "needs pairs"),
+    ({"loss": {"kto": 1.0}}, "config.data.mismatched=True"),
+    ({"loss": {"dpo": 1.0, "reference": "adapters_off"}}, "there are none"),
+    ({"loss": {"dpo": 1.0, "reference": "cached"}, "data": {"source": "style_pairs"}}, "pairs that come again"),
+    ({"loss": {"orpo": 1.0, "goldfish": {"k": 4}}}, "leave one of them out")])
+def test_loss_and_data_that_do_not_fit_are_refused(changes, message):
+    made = dict(model=MODEL, loss={"orpo": 1.0}, data=dict(source="pairs", path="somewhere")) | changes
+    with pytest.raises(ValueError, match=message):
+        configs.resolve(made)
