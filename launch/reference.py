@@ -41,7 +41,9 @@ between two files or workdirs. `FILE.py:ARG` calls `get_config("ARG")`.
 LOSS = """\
 A weighted sum: the name of a loss to its weight, or to a dict of `weight` and its fields. Where none is given it is
 `next_token` with weight 1. `chunk: int | None` is the number of positions whose logits exist at a time; None chooses
-by memory. `load_balance` and `router_z` are reported by layers with a router (moe), see [experts.md](experts.md).
+by memory. `goldfish` is no loss: its fields, below, say which targets no loss sees ([goldfish.md](goldfish.md)); None,
+the default, hides none. `load_balance` and `router_z` are reported by layers with a router (moe), see
+[experts.md](experts.md).
 """
 
 ENTRIES = """\
@@ -120,6 +122,8 @@ def entries(classes: Mapping[str, Any], what: str) -> list[str]:
 
 def generate() -> str:
     """The whole page."""
+    from lm.core.goldfish import Goldfish
+    from lm.eval.memorization_options import MemorizationOptions
     from lm.layers import LAYERS
     from lm.losses import LOSSES
     from lm.models.build import ModelOptions
@@ -132,8 +136,11 @@ def generate() -> str:
                       *entries(LAYERS, "layer")]
         elif group == "loss":
             parts += [f"{title}\n\n{LOSS}", *entries(LOSSES, "loss")]
+            parts.append(section("### mask `goldfish`", Goldfish))
         else:
             parts.append(section(title, option_class(group)))
+        if group == "eval":
+            parts.append(section("### dict `memorization`", MemorizationOptions))
     allowed = "\n".join(f"| `{path}` | {_cell(why)} |" for path, why in MAY_CHANGE)
     return "\n".join([*parts, f"{WORKDIR}{allowed}\n"])
 

@@ -67,18 +67,19 @@ class Memorization:
         rows = [[{"kind": kind, "number": n, "tokens": len(text.ids)} for n, text in enumerate(texts)]
                 for kind, texts in (("member", self.texts.members), ("control", self.texts.controls))]
         both, every = [*self.texts.members, *self.texts.controls], [*rows[0], *rows[1]]
-        for start in range(0, len(both), self.options.batch_size):
-            part = slice(start, start + self.options.batch_size)
-            self._extract(apply, params, both[part], every[part])
-            self._score(apply, params, both[part], every[part])
+        size = min(self.options.batch_size, len(both))
+        for start in range(0, len(both), size):
+            part = slice(start, start + size)
+            self._extract(apply, params, both[part], every[part], size)
+            self._score(apply, params, both[part], every[part], size)
         return Report(self._summary(*rows), every)
 
-    def _extract(self, apply: Apply, params: Params, texts: Sequence[Text], rows: Sequence[Row]) -> None:
+    def _extract(self, apply: Apply, params: Params, texts: Sequence[Text], rows: Sequence[Row], size: int) -> None:
         options, suffix = self.options, self.options.suffix
         begin = [0 if options.prefix is None else len(text.ids) - suffix - options.prefix for text in texts]
         prompts = [text.ids[b:len(text.ids) - suffix] for text, b in zip(texts, begin, strict=True)]
         # As many prompts each time, so that the last batch needs no program of its own.
-        prompts += [prompts[-1]] * (options.batch_size - len(prompts))
+        prompts += [prompts[-1]] * (size - len(prompts))
         out = generate(apply, params, self.initial_state, prompts, max_new_tokens=suffix, options=GREEDY)
         for text, row, made in zip(texts, rows, out.rows, strict=False):
             row |= self._compare(text, made.tokens)
@@ -106,8 +107,8 @@ class Memorization:
                     "miss_at_dropped": bool(hidden[miss[0]]) if miss.size else None}
         return row
 
-    def _score(self, apply: Apply, params: Params, texts: Sequence[Text], rows: Sequence[Row]) -> None:
-        nats = target_nats(apply, params, [text.ids for text in texts], self.options.batch_size)
+    def _score(self, apply: Apply, params: Params, texts: Sequence[Text], rows: Sequence[Row], size: int) -> None:
+        nats = target_nats(apply, params, [text.ids for text in texts], size)
         other = None if self.reference is None else self.reference([text.text for text in texts])
         for n, (text, row) in enumerate(zip(texts, rows, strict=True)):
             row |= {"loss": membership.mean_loss(nats[n]), "zlib": membership.zlib_ratio(nats[n], text.text),
