@@ -41,7 +41,7 @@ class Evaluation:
         self._options = configs.options(prepared.config, "eval")
         self._data = configs.options(prepared.config, "data")
         self._apply = make_apply(prepared.model)
-        size = {"batch_size": prepared.options.batch_size, "seq_len": prepared.options.seq_len}
+        size = {"batch_size": prepared.options.batch_size, "seq_len": self._options.seq_len or prepared.options.seq_len}
         index, count = data_shard(prepared.mesh, **size)
         datasets = {}
         if prepared.corpora.validation:

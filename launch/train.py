@@ -90,6 +90,7 @@ class Prepared:
         return Experiment(
             apply=make_apply(self.model), objective=build_objective(
                 self.config.loss.to_dict(), carry_state=self.options.carry_state,
+                pass_memory=self.options.pass_memory, initial_state=self.model.initial_state,
                 not_additive=not_additive(self.model)), recipe=self.recipe,
             batches=batches, batch_at=reporting(self.train_set), evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
@@ -136,6 +137,7 @@ def prepare(config: Any) -> Prepared:
     from lm.models.tables import tables_of
     from lm.optim.builder import build_optimizer
     from lm.tasks.goldfish import goldfish_of
+    from lm.tasks.passed_memory import first_carry
     from lm.train.carried import carried_state
     from lm.train.state import Recipe
 
@@ -168,6 +170,8 @@ def prepare(config: Any) -> Prepared:
     carry = tuple
     if options.carry_state:
         carry = carried_state(model.initial_state, options.batch_size, options.microbatches)
+    if options.pass_memory is not None:
+        carry = first_carry(model.initial_state)
     carry = copy_of(config, options, boxed) or carry
     recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps, tables_of(model)), carry)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
@@ -185,6 +189,9 @@ def check_carry(options: Any, data: Any, config: Any) -> None:
         raise ValueError(f"config.train.carry_state={options.carry_state} and config.data.packing={data.packing!r} do "
                          f"not fit: a state is carried along lanes, and only there; set train.carry_state=True and "
                          f"data.packing='lanes', or neither")
+    if options.carry_state and config.model.random_positions is not None:
+        raise ValueError("config.train.carry_state lets rows go on at the positions of the step before, and "
+                         "model.random_positions moves them at each; use one of them")
     if options.carry_state and config.model.max_positions is not None:
         raise ValueError("config.train.carry_state lets documents go on beyond any number of positions; leave out "
                          "model.max_positions")

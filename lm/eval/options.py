@@ -18,6 +18,7 @@ class EvalOptions:
     every: int = option(500, "steps between evaluations")
     final: bool = option(True, "evaluate after the last step, whatever `every` says")
     batches: int | None = option(None, "at most this many batches of each set; None for all of them")
+    seq_len: int | None = option(None, "tokens of a row of the validation split and of `sets`; None is train.seq_len")
     sets: Mapping[str, str] = option({}, "further sets besides the validation split: name to text file or folder")
     baseline: bool = option(True, "print an interpolated bigram, fitted on the training split, beside bits per byte")
     recurrences: tuple[int, ...] = option((), "a model of recurrent depth is also evaluated with these numbers of "
@@ -39,6 +40,8 @@ class EvalOptions:
                 raise ValueError(f"config.eval.{name}={getattr(self, name)} must be at least 1")
         if self.batches is not None and self.batches < 1:
             raise ValueError(f"config.eval.batches={self.batches} must be at least 1, or None for all")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"config.eval.seq_len={self.seq_len} must be at least 1, or None for train.seq_len")
         for count in self.recurrences:
             check_recurrences(count, "config.eval.recurrences")
         if bad := [name for name in self.sets if not name or "/" in name or name == VALIDATION]:

@@ -14,6 +14,8 @@ from lm.core.types import Array
 from lm.layers.bswa import heads_from, output
 from lm.layers.segments import Cut, Ring, check_fields, heads_of, keys_seen
 
+UNPLACED = -(2**30)  # position of a memory from another text: just before the first token, wherever that stands
+
 
 class FAMState(NamedTuple):
     """A `Ring` of the last tokens, and the feedback memory after the last whole block.
@@ -52,7 +54,7 @@ class FAMState(NamedTuple):
         # Documents are counted from 1: that of the row's first token.
         document = jnp.where(wide(use, self.memory_document), 1, self.memory_document)
         return self._replace(memory=jnp.where(wide(use, rows), rows, self.memory), memory_document=document,
-                             memory_end=jnp.where(wide(use, document), -1, self.memory_end))
+                             memory_end=jnp.where(wide(use, document), UNPLACED, self.memory_end))
 
 
 class FAM(nn.Module):

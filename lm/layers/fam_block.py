@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.sharding import constrain
+from lm.core.tables import SINKS
 from lm.core.types import Array, Aux, Context
 from lm.layers import feedback
 from lm.layers.block_sliding import Columns, Keys, block_sliding_attention, chunking, in_chunks, padded
 from lm.layers.dropout import dropout
-from lm.layers.fam import FAMState
+from lm.layers.fam import UNPLACED, FAMState
 from lm.layers.feedback import Memory, Steps
 from lm.layers.segments import Places, places, scattered
 
@@ -131,8 +132,8 @@ class FAMBlock(nn.Module):
                 keys = (Keys(*(in_chunks(x, width) for x in shifted)), *keys)
 
         def run():
-            q, k, v = steps.heads(state.memory, state.memory_end)
-            memory = Memory(state.memory, q, k, v, state.memory_document, state.memory_end)
+            end = jnp.where(state.memory_end == UNPLACED, found.before[0], state.memory_end)
+            memory = Memory(state.memory, *steps.heads(state.memory, end), state.memory_document, end)
             return feedback.over_chunks(memory, flow, found, keys, steps, fam.block, key)
 
         def same():
@@ -154,7 +155,8 @@ class FAMBlock(nn.Module):
         (fam, mixer), B = self.layers, ctx.reset.shape[0]
 
         def of(name, template):
-            own = {collection: nn.meta.unbox(tree[name]) for collection, tree in self.variables.items() if name in tree}
+            own = {collection: nn.meta.unbox(tree[name]) for collection, tree in self.variables.items()
+                   if name in tree and collection != SINKS}
             return lambda *args, **kwargs: template.apply(own, *args, **kwargs)
 
         def after(name, x):

@@ -8,17 +8,18 @@ At most one of them may be of `lm.losses.preference.PREFERENCE`: it makes the ob
 then see the chosen responses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm.core.fields import build, check_known, did_you_mean, fill
-from lm.core.types import Objective
+from lm.core.types import Objective, State
 from lm.losses import LOSSES, REPORTED, TAUGHT
 from lm.losses.base import Term
 from lm.losses.preference import PREFERENCE
 from lm.losses.preference.reference import REFERENCES
 from lm.tasks.goldfish import GOLDFISH, resolve_goldfish
 from lm.tasks.language_modeling import LanguageModeling
+from lm.tasks.passed_memory import PassedMemory
 from lm.tasks.preference import PreferenceObjective
 
 CHUNK, REFERENCE = "chunk", "reference"  # options that belong to the objective, not to a loss
@@ -100,9 +101,11 @@ def _weight(name: str, value: Any) -> float:
     return float(value)
 
 
-def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
+def build_objective(config: Mapping[str, Any], *, carry_state: bool = False, pass_memory: float | None = None,
+                    initial_state: Callable[[int], State] | None = None,
                     not_additive: tuple[str, ...] = ()) -> Objective:
     """The objective that the `loss` group describes (resolved or not). carry_state: rows go on from step to step.
+    pass_memory: or begin, as often as that, after the memory of the step before; needs the model's initial_state.
     not_additive: what in the model makes a batch more than the sum of its microbatches."""
     resolved = resolve_loss(config)
     chunk, reference = resolved.pop(CHUNK), resolved.pop(REFERENCE, None)
@@ -117,9 +120,11 @@ def build_objective(config: Mapping[str, Any], *, carry_state: bool = False,
             made[name] = Term(terms()[name], value)
     alone = tuple(name for name in made if name in REPORTED and not REPORTED[name].additive)
     for name in (name for name in made if name in PREFERENCE):
-        if carry_state:
-            raise ValueError(f"config.loss.{name} compares whole responses; leave out train.carry_state")
+        if carry_state or pass_memory is not None:
+            raise ValueError(f"config.loss.{name} compares whole responses; leave out train.carry_state and "
+                             f"train.pass_memory")
         rest = {other: term for other, term in made.items() if other != name}
         return PreferenceObjective(name, made[name].loss, made[name].weight, rest, reference, chunk,
                                    (*alone, *not_additive))
-    return LanguageModeling(made, chunk, carry_state, (*alone, *not_additive))
+    inner = LanguageModeling(made, chunk, carry_state or pass_memory is not None, (*alone, *not_additive))
+    return inner if pass_memory is None else PassedMemory(inner, initial_state, pass_memory)

@@ -23,6 +23,8 @@ class TrainOptions:
     per_microbatch: bool = option(False, "allow terms that do not add up over microbatches, computed in each alone")
     carry_state: bool = option(False, "truncated backpropagation through time: rows go on from the model's state after "
                                       "the step before; needs data.packing='lanes' and a state of constant size")
+    pass_memory: float | None = option(None, "random state passing: probability with which the rows of a batch begin "
+                                       "after the feedback memory of the batch before (layers of kind fam)")
     hang_seconds: float | None = option(None, "a step that takes longer (after compilation) ends the run with code 77")
     lora_rank: int | None = option(None, "train adapters of this rank and freeze the rest; None trains everything")
     lora_match: str = option(r".*/kernel", "regular expression of the kernels that get an adapter")
@@ -40,6 +42,11 @@ class TrainOptions:
         if self.batch_size % self.microbatches:
             raise ValueError(f"config.train.batch_size={self.batch_size} is not divisible by "
                              f"microbatches={self.microbatches}; use a multiple")
+        if self.pass_memory is not None and not 0 < self.pass_memory <= 1:
+            raise ValueError(f"config.train.pass_memory={self.pass_memory} must be above 0 and at most 1, or None")
+        if self.pass_memory is not None and self.carry_state:
+            raise ValueError("config.train.pass_memory begins rows after another text and train.carry_state goes on in "
+                             "their own; use one of them")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"config.train.seed={self.seed} must be from 0 to 2^32 - 1")
         if self.hang_seconds is not None and self.hang_seconds <= 0:

@@ -14,7 +14,9 @@ from lm.data.synthetic.ids import Ids
 from lm.data.synthetic.word_problem import GROUPS, multiplication
 
 SMALL = {"facts": (dict(num_keys=5, num_classes=3), 9),
+         "copy_chain": (dict(width=3, num_values=5), 14),
          "mqar": (dict(num_pairs=3, num_keys=6, num_values=5), 16),
+    "passkey": (dict(blocks=(1, 2, 3), block=4, num_keys=5, num_filler=3), 14),
          "recital": (dict(num_documents=3, length=6, num_symbols=9, successors=3), 14),
          "selective_copy": (dict(num_tokens=3, num_symbols=4), 15),
          "word_problem": (dict(group="S3", length=5), 13)}
@@ -200,3 +202,27 @@ def test_texts_are_not_asked_of_made_rows():
     from lm.data.sources import read_documents
     with pytest.raises(ValueError, match=re.escape("source 'mqar' holds no texts to read; those that do: text")):
         next(read_documents(SourceOptions(source="mqar")))
+
+
+def test_passkey_asks_at_the_end_for_the_key_of_the_first_block_and_each_length_has_rows_of_its_own():
+    data = dataset("passkey", batch_size=60)
+    batch = data.batch(0)
+    lengths = batch.present.sum(1)
+    assert set(lengths) == {4, 8, 12}
+    for tokens, targets, weights, length in zip(batch.tokens, batch.targets, batch.weights, lengths, strict=True):
+        keys = np.flatnonzero((tokens >= 1) & (tokens < 6))
+        assert len(keys) == 1 and keys[0] < 3 and (tokens[:length] == 0).nonzero()[0].tolist() == [length - 1]
+        assert weights.nonzero()[0].tolist() == [length - 1] and targets[length - 1] == tokens[keys[0]]
+    slices = data.slices()
+    assert set(slices) == {"blocks_1", "blocks_2", "blocks_3"}
+    for name, part in slices.items():
+        found = part.batch(0)
+        assert set(found.present.sum(1)) == {4 * int(name[-1])} and (found.weights.sum(1) == 1).all()
+
+
+def test_passkey_refuses_texts_that_are_none():
+    with pytest.raises(ValueError, match=r"needs train.seq_len \(or eval.seq_len\) of at least 16"):
+        dataset("passkey", blocks=(4,))
+    for fields in (dict(blocks=()), dict(blocks=(2, 2)), dict(block=1)):
+        with pytest.raises(ValueError, match="passkey: block"):
+            dataset("passkey", **fields)

@@ -19,6 +19,8 @@ class RowMaker:
     """Rows by number, in any order. Small to send to worker processes. only: name of a slice; None is all answers."""
 
     def __init__(self, task: Task, key: int, seq_len: int, only: str | None = None) -> None:
+        if only is not None and hasattr(task, "of_slice"):  # whole rows are of one slice: none of another is made
+            task = task.of_slice(only)
         self.task, self.key, self.seq_len, self.only = task, key, seq_len, only
 
     def rows(self, first: int, count: int) -> Batch:
