@@ -1,4 +1,4 @@
-"""`lm launch PLACE`: starts a training run on this machine, a Slurm cluster, TPU VMs, GKE, or a cloud's GPUs."""
+"""`lm launch PLACE`: starts a training, or workers of a sweep, on this machine, Slurm, TPU VMs, GKE or GPU clouds."""
 
 import argparse
 import importlib
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="variable of the run; no secret")
     parser.add_argument("--setup", action="append", default=[], metavar="LINE",
                         help="shell line before the run, such as 'module load cuda' (not for local)")
+    parser.add_argument("--sweep-worker", action="store_true",
+                        help="start a worker of the sweep in --workdir, in place of a training")
     for flag, (hint, words) in flags().items():
         kinds = [arm for arm in (typing.get_args(hint) or (hint,)) if arm is not types.NoneType]
         if typing.get_origin(hint) is tuple:
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     """Checks the config here, then prints or starts. Returns the exit code of the run where it is waited for."""
     from launch import config as configs
     from launch.config_workdir import check_place
-    from launch.places.job import Job, absolute, name_of, parse_env, train_flags
+    from launch.places.job import Job, absolute, name_of, parse_env, train_words
     from lm.core.fields import check_known
     check_known([args.place], PLACES, "lm launch", "place")
     if args.workdir is None:
@@ -72,18 +74,35 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--config {args.config}: lm launch {args.place} runs a copy of the project; name the file "
                          f"from its root, such as experiments/quickstart.py")
     options = given_options(args.place, vars(args))
-    configs.from_args(args)  # a config that does not resolve must not wait in a queue to say so
     workdir = absolute(args.workdir)
+    words = sweep_words(args, workdir) if args.sweep_worker else train_words(args.config, workdir, args.overrides)
+    if not args.sweep_worker:
+        configs.from_args(args)  # a config that does not resolve must not wait in a queue to say so
     if args.place == "local" and args.setup:
         raise ValueError("--setup is for machines that are set up by the job; local runs use the environment of this "
                          "shell")
-    job = Job(name_of(args.name, args.workdir), workdir, train_flags(args.config, workdir, args.overrides),
-              parse_env(args.env), tuple(args.setup))
+    job = Job(name_of(args.name, args.workdir), workdir, words, parse_env(args.env), tuple(args.setup))
     place = importlib.import_module(PLACES[args.place])
     if args.dry_run:
         print(place.render(job, options), end="")
         return 0
     return place.start(job, options)
+
+
+def sweep_words(args: argparse.Namespace, workdir: str) -> tuple[str, ...]:
+    """The worker's command. Raises ValueError where it could not work."""
+    import pathlib
+
+    from launch.sweeps.definition import read
+    if args.place not in SAME_FILES:
+        raise ValueError(f"--sweep-worker is for {' and '.join(SAME_FILES)}: workers share the sweep's folder")
+    if args.config is not None or args.overrides:
+        raise ValueError("--sweep-worker reads the sweep from --workdir; leave out --config and its fields")
+    if (args.processes or args.tasks_per_node or args.nodes or 1) > 1:
+        raise ValueError("a worker is one process, which starts a training a GPU of its machine; for more machines "
+                         "use --array, such as --array 0-15")
+    read(pathlib.Path(workdir))
+    return ("sweep", "worker", "--workdir", workdir)
 
 
 def given_options(place: str, given: Mapping[str, Any]) -> Any:

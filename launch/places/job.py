@@ -1,4 +1,4 @@
-"""What is started, the same for every place: one training command, its name, and the variables it gets."""
+"""What is started, the same for every place: one command, its name, and the variables it gets."""
 
 import os
 import pathlib
@@ -19,23 +19,23 @@ INSTALL = ("export PATH=$HOME/.local/bin:$PATH", "python3 -m pip install -q --us
 
 
 class Job(NamedTuple):
-    """One run. flags: those of `lm train`. setup: shell lines that come before it, on every machine."""
+    """One run. words: the command after `lm`. setup: shell lines that come before it, on every machine."""
 
     name: str
     workdir: str
-    flags: tuple[str, ...]
+    words: tuple[str, ...]
     env: Mapping[str, str]
     setup: tuple[str, ...] = ()
 
     @property
     def here(self) -> tuple[str, ...]:
         """The command with the interpreter that runs now, for machines that share this one's files."""
-        return (sys.executable, "-m", "launch.cli", "train", *self.flags)
+        return (sys.executable, "-m", "launch.cli", *self.words)
 
     @property
     def installed(self) -> tuple[str, ...]:
         """The command where the project is installed by other means."""
-        return ("lm", "train", *self.flags)
+        return ("lm", *self.words)
 
     @property
     def is_remote(self) -> bool:
@@ -55,10 +55,10 @@ class Job(NamedTuple):
                              f"machines mount that path")
 
 
-def train_flags(config: str | None, workdir: str, overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """The flags of `lm train` that say the same."""
+def train_words(config: str | None, workdir: str, overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The `lm train` that says the same."""
     given = () if config is None else ("--config", config)
-    return (*given, "--workdir", workdir, *(f"--config.{path.removeprefix('config.')}={text}"
+    return ("train", *given, "--workdir", workdir, *(f"--config.{path.removeprefix('config.')}={text}"
                                             for path, text in overrides))
 
 

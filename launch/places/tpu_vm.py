@@ -65,7 +65,7 @@ def render(job: Job, options: Options) -> str:
     setup = " && ".join([f"mkdir -p {job.name}", f"tar -xzf {job.name}.tgz -C {job.name}", f"cd {job.name}", *job.setup,
                          *INSTALL, "uv pip install -q -e '.[tpu]'"])
     # In brackets, so that the pattern does not find the shell that looks for it.
-    running = quoted([f"[l]m train.* --workdir {re.escape(job.workdir)}( |$)"])
+    running = quoted([f"[l]m {job.words[0]}.* --workdir {re.escape(job.workdir)}( |$)"])
     stop = f"pkill -TERM -f {running}; while pgrep -f {running} > /dev/null; do sleep 1; done"
     go = " && ".join([f"cd {job.name}", *job.setup, *exports(job.env),
                       f"{{ PATH=$PWD/.venv/bin:$PATH nohup {quoted(job.installed)} >> ~/{log} 2>&1 < /dev/null & }}",

@@ -8,11 +8,12 @@ import yaml
 
 from launch import cli
 from launch.places import PLACES, gke, local, sky, slurm, tpu_vm
-from launch.places.job import Job, name_of, parse_env, train_flags
+from launch.places.job import Job, name_of, parse_env, train_words
+from launch.sweeps.definition import from_data
 
 CONFIG = ["--config", "experiments/quickstart.py", "--config.train.steps=50"]
-FLAGS = train_flags("experiments/quickstart.py", "gs://b/run_1", [("train.steps", "50")])
-BUCKET = Job("run-1", "gs://b/run_1", FLAGS, {"A": "x y"})
+WORDS = train_words("experiments/quickstart.py", "gs://b/run_1", [("train.steps", "50")])
+BUCKET = Job("run-1", "gs://b/run_1", WORDS, {"A": "x y"})
 NEEDS = {"tpu-vm": ["--accelerator=v5e-16", "--zone=us-west4-a"], "gke": ["--accelerator=v5e-16", "--image=i"],
          "sky": ["--accelerator=H100:8"]}
 
@@ -69,6 +70,18 @@ def test_an_absolute_config_is_refused_where_a_copy_of_the_project_runs(capsys):
 
 def test_a_missing_workdir_is_named(capsys):
     assert cli.main(["launch", "local", *CONFIG]) == 2 and "needs --workdir" in capsys.readouterr().err
+
+
+def test_workers_of_a_sweep_are_started_where_its_folder_is(tmp_path, capsys):
+    flags = ["--sweep-worker", "--workdir", str(tmp_path)]
+    assert cli.main(["launch", "slurm", *flags]) == 2 and "it is no sweep" in capsys.readouterr().err
+    from_data({"parameters": {"train.seed": [1, 2]}}, "x").write(tmp_path)
+    assert cli.main(["launch", "slurm", *flags, "--array=0-3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"launch.cli sweep worker --workdir {tmp_path}" in out and "#SBATCH --array=0-3" in out
+    assert cli.main(["launch", "slurm", *flags, "--nodes=2", "--dry-run"]) == 2
+    assert cli.main(["launch", "sky", *flags, "--accelerator=H100"]) == 2
+    assert cli.main(["launch", "local", *flags, *CONFIG]) == 2
 
 
 def test_names_fit_every_scheduler():
