@@ -43,7 +43,8 @@ class Attention(nn.Module):
     rope_theta: base of the rotary angles; None for none.
     qk_norm: RMSNorm over each head's queries and keys before rotation (Henry et al. 2020).
     window: a token sees itself and the window - 1 tokens before; None is all.
-    use_bias: biases in all four projections. dropout: of the output.
+    use_bias: biases in all four projections. qk_bias: biases of queries and keys, added before rotation.
+    dropout: of the output.
     output_scale: multiplies the standard deviation of the output projection at initialisation.
     implementation: of the attention operation; None is the best for the platform, logged once.
     """
@@ -55,6 +56,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     window: int | None = None
     use_bias: bool = False
+    qk_bias: bool = False
     dropout: float = 0.0
     output_scale: float | None = None
     implementation: str | None = None
@@ -109,8 +111,8 @@ class Attention(nn.Module):
     def __call__(self, x: Array, state: KVCache, ctx: Context) -> tuple[Array, KVCache, Aux]:
         B, T, D = x.shape
         H, G, K = self.heads(D), self.kv_heads(D), self.dim(D)
-        q, k, v = project(x, Dense(H * K, ("embed", "heads"), self.use_bias, name="query"),
-                          Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="key"),
+        q, k, v = project(x, Dense(H * K, ("embed", "heads"), self.use_bias or self.qk_bias, name="query"),
+                          Dense(G * K, ("embed", "kv_heads"), self.use_bias or self.qk_bias, name="key"),
                           Dense(G * K, ("embed", "kv_heads"), self.use_bias, name="value"))
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, G, K), v.reshape(B, T, G, K)
         if self.qk_norm:

@@ -89,8 +89,9 @@ def project(x: Array, *layers: Dense) -> list[Array]:
         return [layer(x) for layer in layers]
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
     y = matmul(x, jnp.concatenate(kernels, 1).astype(x.dtype))
-    if biases[0] is not None:
-        y = y + jnp.concatenate(biases).astype(x.dtype)
+    if any(bias is not None for bias in biases):
+        whole = [jnp.zeros(layer.features) if b is None else b for layer, b in zip(layers, biases, strict=True)]
+        y = y + jnp.concatenate(whole).astype(x.dtype)
     return jnp.split(y, [sum(layer.features for layer in layers[:i]) for i in range(1, len(layers))], -1)
 
 

@@ -2,6 +2,7 @@
 iterate at their own pace."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def in_pieces(given, params, cuts, tokens=TOKENS):
     """Hidden states, iterations where tokens stop, and the state after the last piece."""
     model, _, _, apply = given
     state, hidden, steps = empty_state(model.initial_state, len(tokens), 16), [], []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         out = apply(params, tokens[:, start:stop], state)
         state = out.state
         hidden.append(out.hidden)
@@ -67,6 +68,7 @@ def test_as_many_shared_states_as_iterations_are_no_sharing():
         assert np.allclose(found, alone, atol=1e-5) == same
 
 
+@pytest.mark.slow
 def test_a_shared_state_is_that_of_the_last_iteration_that_wrote_it():
     """Four iterations and two states: number 0 is left by iteration 2, number 1 by iteration 3."""
     full, short = (in_pieces(made(cache=m), made()[1], (0, 9))[2].stack.core for m in (4, 2))
@@ -81,6 +83,7 @@ def test_states_that_no_iteration_reached_become_that_of_the_last():
         np.testing.assert_array_equal(leaf[2:], leaf[1:2].repeat(2, 0))
 
 
+@pytest.mark.slow
 def test_threshold_zero_decodes_as_all_iterations_do_with_one_state():
     given, one = made(exit_kl=0.0), made(cache=1)
     hidden, steps, _ = in_pieces(given, given[1], ONE_BY_ONE)
@@ -88,6 +91,7 @@ def test_threshold_zero_decodes_as_all_iterations_do_with_one_state():
     np.testing.assert_allclose(hidden, in_pieces(one, one[1], ONE_BY_ONE)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_stop_do_not_depend_on_those_that_go_on():
     """Iterations and predictions of a row are what they are alone, also for the tokens after."""
     given = made(exit_kl=3e-4, recurrences=12)
@@ -99,12 +103,14 @@ def test_rows_that_stop_do_not_depend_on_those_that_go_on():
         np.testing.assert_allclose(alone[0], hidden[row], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_no_token_stops_before_every_state_is_written():
     given = made(exit_kl=1e9, cache=3, recurrences=8)
     steps = in_pieces(given, given[1], ONE_BY_ONE)[1]
     np.testing.assert_array_equal(steps, 3)
 
 
+@pytest.mark.slow
 def test_a_warm_start_begins_from_the_last_state():
     """Two tokens by one iteration each: warm, the second goes on from the first's state, and is one the whole cannot
     give."""
@@ -113,9 +119,9 @@ def test_a_warm_start_begins_from_the_last_state():
     np.testing.assert_array_equal(a[:, :4], b[:, :4])
     assert not np.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
     assert NOT_PARALLEL in warm[3](warm[1], TOKENS[:, :1], warm[0].initial_state(3, capacity=4)).aux
-    # The same as a cold start whose noise were that state.
+    # What the state remembers of the last token is what decides.
     _, _, state = in_pieces(warm, warm[1], (0, 4))
-    model, params, apply, run = warm
+    _, params, _, run = warm
     other = state._replace(stack=state.stack._replace(latent=state.stack.latent * 0))
     assert not np.allclose(run(params, TOKENS[:, 4:5], state).hidden, run(params, TOKENS[:, 4:5], other).hidden)
 
@@ -127,30 +133,30 @@ def rows_of(given, tokens=24, **kwargs):
     return [row.tokens.tolist() for row in made_.rows]
 
 
-@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=1.0)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("options", [pytest.param(GREEDY, marks=pytest.mark.slow), SamplingOptions(temperature=1.0)],
+                         ids=["greedy", "drawn"])
 def test_rows_at_their_own_pace_write_what_they_write_in_step(options):
     depth = dict(exit_kl=1e-3, recurrences=8, cache=1)
     assert rows_of(made(sliced=True, **depth), options=options, continuous=True) == rows_of(
         made(**depth), options=options)
 
 
+@pytest.mark.slow
 def test_rows_at_their_own_pace_wait_for_no_other():
-    """Calls of the core: the longest row's iterations, not the sum of the longest of each token."""
-    from lm.generate import continuous
-    from lm.generate.loop import Loop, Plan
-    depth = dict(exit_kl=3e-4, recurrences=12)
+    """Calls of the core: the iterations of the row with the most, not the sum over tokens of the most of any row."""
+    depth = dict(exit_kl=3e-3, recurrences=12)
     lock, free = made(**depth), made(sliced=True, **depth)
-    _, steps, _ = in_pieces(lock, lock[1], range(9))
-    steps = np.asarray(steps)
-    # The same tokens are fed again: each row's next token is the given one whatever was drawn.
-    model, params, apply, run = free
+    steps = np.asarray(in_pieces(lock, lock[1], range(9))[1])
+    model, params, _, run = free
     state = empty_state(model.initial_state, 3, 16)
-    at, busy, calls = np.zeros(3, int), np.zeros(3, bool), 0
-    while (at < 8).any() or busy.any():
+    at, busy, calls, taken = np.zeros(3, int), np.zeros(3, bool), 0, np.zeros((3, 8), int)
+    while (at < 8).any():
         begins = ~busy & (at < 8)
         token = np.asarray(TOKENS)[np.arange(3), np.minimum(at, 7)]
         out = run(params, token[:, None], state, weights=begins[:, None], reset=jnp.zeros((3, 1), bool))
+        busy |= begins
+        taken[busy, at[busy]] += 1
         finished = np.asarray(out.aux[FINISHED][0])
-        state, calls, at, busy = out.state, calls + 1, at + finished, (busy | begins) & ~finished
+        state, calls, at, busy = out.state, calls + 1, at + finished, busy & ~finished
+    np.testing.assert_array_equal(taken, steps)
     assert calls == steps.sum(1).max() < steps.max(0).sum()
-    assert Loop and Plan and continuous

@@ -82,7 +82,7 @@ APPLY = jax.jit(make_apply(MODEL))
 
 @pytest.mark.parametrize("r", [1, 3, 7])
 def test_logits_are_those_of_the_formula(r):
-    want, states = written_out(PARAMS, TOKENS, first_state(), r)
+    want, _ = written_out(PARAMS, TOKENS, first_state(), r)
     np.testing.assert_allclose(logits(APPLY(with_recurrences(PARAMS, r), TOKENS)), want, atol=2e-5)
 
 
@@ -106,27 +106,26 @@ def training_gradient(params, key):
 
 
 def test_gradient_goes_back_through_the_last_iterations_alone_in_one_program():
-    """Numbers of iterations below, at and above the three that have a gradient."""
+    """Numbers of iterations below and above the three that have a gradient."""
     seen = {}
     for seed in range(40):
         key = jax.random.key(seed)
         r = int(draw_iterations(jax.random.fold_in(key, ITERATIONS), 4.0, 0.5))
-        if r in (1, 3, 5) and r not in seen:
+        if r in (2, 5) and r not in seen:
             seen[r] = key
-    assert set(seen) == {1, 3, 5}
+    assert set(seen) == {2, 5}
     for r, key in seen.items():
         found, tally = training_gradient(PARAMS, key)
         assert float(tally["recurrences"].total) == r
         s = first_state(key)
-        want = jax.grad(lambda p: score(written_out(p, TOKENS, s, r, max(r - 3, 0))[0]))(PARAMS)
-        whole = jax.grad(lambda p: score(written_out(p, TOKENS, s, r)[0]))(PARAMS)
+        want, whole = (jax.grad(lambda p, s=s, r=r, n=n: score(written_out(p, TOKENS, s, r, n)[0]))(PARAMS)
+                       for n in (max(r - 3, 0), 0))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-5)
         assert (max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(whole),
                                                                 strict=True)) > 1e-2) == (r > 3)
         states = written_out(PARAMS, TOKENS, s, r)[1]
-        before = states[-2] if r > 1 else s
-        change = float(jnp.linalg.norm(states[-1] - before) / jnp.linalg.norm(states[-1]))
+        change = float(jnp.linalg.norm(states[-1] - states[-2]) / jnp.linalg.norm(states[-1]))
         assert float(tally["change"].total) == pytest.approx(change, rel=1e-4)
         unit = np.reshape(states[-1] / jnp.linalg.norm(states[-1], axis=-1, keepdims=True), (-1, D))
         pairs = unit @ unit.T
@@ -151,7 +150,8 @@ def kl(p, q):
 
 
 def test_a_token_stops_where_its_prediction_stops_to_move():
-    """One row of one token: nothing but its own states decides. The first comparison is with the uniform distribution."""
+    """A row of one token, of which nothing but its own states decides. The first comparison is with the uniform
+    distribution."""
     tokens, most = TOKENS[:, :1], 9
     s = first_state()[:, :1]
     said = [jnp.zeros((2, 1, VOCAB)), *(written_out(PARAMS, tokens, s, r)[0] for r in range(1, most + 1))]
