@@ -43,7 +43,8 @@ A weighted sum: the name of a loss to its weight, or to a dict of `weight` and i
 `next_token` with weight 1. `chunk: int | None` is the number of positions whose logits exist at a time; None chooses
 by memory. `goldfish` is no loss: its fields, below, say which targets no loss sees ([goldfish.md](goldfish.md)); None,
 the default, hides none. `load_balance` and `router_z` are reported by layers with a router (moe), see
-[experts.md](experts.md).
+[experts.md](experts.md). One of the preference losses makes the objective one of pairs ([preferences.md](preferences.md));
+beside it `reference: str | None` says where the log-probabilities of the reference model come from.
 """
 
 ENTRIES = """\
@@ -126,6 +127,7 @@ def generate() -> str:
     from lm.eval.memorization_options import MemorizationOptions
     from lm.layers import LAYERS
     from lm.losses import LOSSES
+    from lm.losses.preference import PREFERENCE
     from lm.models.build import ModelOptions
     from lm.models.depth_options import ENTRY, RecurrentDepthOptions
     parts = [HEAD]
@@ -135,7 +137,7 @@ def generate() -> str:
             parts += [section(title, ModelOptions), ENTRIES, *entries({ENTRY: RecurrentDepthOptions}, "entry"),
                       *entries(LAYERS, "layer")]
         elif group == "loss":
-            parts += [f"{title}\n\n{LOSS}", *entries(LOSSES, "loss")]
+            parts += [f"{title}\n\n{LOSS}", *entries(LOSSES, "loss"), *entries(PREFERENCE, "preference loss")]
             parts.append(section("### mask `goldfish`", Goldfish))
         else:
             parts.append(section(title, option_class(group)))

@@ -41,7 +41,7 @@ class SimPo(Paired):
 @dataclasses.dataclass(frozen=True)
 class Cpo(Paired):
     """-log sigma(beta (log pi(y_w) - log pi(y_l))) of the summed log-probabilities, beside the likelihood of the chosen
-    response (Xu et al. 2024, eq. 5 and 6)."""
+    response (Xu et al. 2024, arXiv:2401.08417)."""
 
     beta: float = option(0.1, "scale of the log-probabilities")
     sft_weight: float = option(1.0, "weight of the likelihood of the chosen response")
