@@ -42,11 +42,11 @@ def from_torch(weights: dict[str, np.ndarray]) -> dict[str, Any]:
             "mlp": {"up": dense("mlp.c_fc"), "down": dense("mlp.c_proj")}}}}}
 
 
-def torch_model(seq_len: int) -> Any:
+def torch_model(seq_len: int, vocab: int = VOCAB) -> Any:
     """transformers' model with fresh weights."""
     import transformers
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=seq_len, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=None,
+        vocab_size=vocab, n_positions=seq_len, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=None,
         eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         attn_implementation="sdpa"))
 

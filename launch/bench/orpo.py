@@ -1,0 +1,101 @@
+"""`lm bench orpo`: our ORPO step against that of TRL's trainer, the same model, weights and pairs, turn by turn.
+
+TRL gets its best of one and of all threads, once with activations kept, which is its fastest, and once with activations
+made again in the backward pass, which is its default and takes the least memory. Speed is compared with the first,
+memory with both.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from launch.bench.train import TURN, side
+
+SHAPES = (256, 512)
+TRL, OURS = "launch.bench.orpo_trl_side", "launch.bench.orpo_side"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures every shape, prints and writes the table."""
+    if args.steps < 10:
+        raise ValueError(f"--steps must be at least 10, for a median that means something; got {args.steps}")
+    if min(args.seq_len or SHAPES) < 8:
+        raise ValueError(f"--seq-len must be at least 8, half of it a prompt; got {min(args.seq_len)}")
+    for package, install in (("torch", "'loomlm[bench]' (a CPU build of torch will do)"), ("trl", "trl")):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"lm bench orpo compares with TRL's ORPOTrainer and {package} is not installed; install "
+                             f"{install}")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    cores = len(os.sched_getaffinity(0))
+    result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
+              "shapes": [measure(seq_len, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
+    folder = pathlib.Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "orpo.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = markdown(result)
+    (folder / "orpo.md").write_text(table)
+    print(table)
+    return 0
+
+
+def measure(seq_len: int, steps: int, cores: int) -> dict[str, Any]:
+    """One shape: the best number of threads for TRL, then the sides in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "weights.npz")
+        trl = lambda threads, how: side(TRL, str(seq_len), str(threads), how, weights)
+        trials = {}
+        for threads in sorted({1, cores}):
+            with trl(threads, "kept") as opened:
+                trials[threads] = statistics.median(opened.ask("time 4")["seconds"][1:])
+        threads = min(trials, key=trials.get)
+        with contextlib.ExitStack() as stack:
+            sides = {"kept": stack.enter_context(trl(threads, "kept")),
+                     "remade": stack.enter_context(trl(threads, "remade")),
+                     "ours": stack.enter_context(side(OURS, str(seq_len), weights))}
+            losses = {name: one.first_loss for name, one in sides.items()}
+            if max(losses.values()) - min(losses.values()) > 1e-4:
+                raise AssertionError(f"the sides differ in their initial loss: {losses}")
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for one in sides.values():
+                one.ask("warm 1")
+            while len(times["ours"]) < steps:
+                for name, one in sides.items():
+                    one.ask("warm 1")  # takes back the caches and pages that the other side had
+                    times[name] += one.ask(f"time {TURN}")["seconds"]
+            facts = {name: one.ask("report") for name, one in sides.items()}
+    if len({fact["parameters"] for fact in facts.values()}) > 1:
+        raise AssertionError(f"the sides differ in parameters: {facts}")
+    return {"seq_len": seq_len, "steps": len(times["ours"]), "seconds": times, "facts": facts, "first_loss": losses,
+            "trials": {f"{t} threads": s for t, s in trials.items()},
+            "speed_ratio": statistics.median(times["kept"]) / statistics.median(times["ours"])}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    from launch.bench import pairs, sizes
+    facts = result["shapes"][0]["facts"]
+    lines = [
+        f"One ORPO step (forward, backward, AdamW) on {pairs.PAIRS} pairs of sequences of T tokens, half of them "
+        f"prompt, float32, {result['cores']} CPU cores; GPT-2's architecture of width {sizes.WIDTH}, {sizes.LAYERS} "
+        f"layers, vocabulary {pairs.VOCAB:,}; Python {result['python']}, {facts['ours']['version']} against "
+        f"{facts['kept']['version']}. Medians of as many steps of each side, in turns of {TURN}.", "",
+        "| T | steps | TRL's threads | TRL, tokens/s | TRL, activations remade, tokens/s | loomlm, tokens/s | "
+        "speed against TRL | peak memory above imports, TRL, MiB | TRL, remade, MiB | loomlm, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|"]
+    for shape in result["shapes"]:
+        tokens = shape["facts"]["ours"]["tokens_per_step"]
+        rate = {name: tokens / statistics.median(seconds) for name, seconds in shape["seconds"].items()}
+        peak = {name: fact["peak_above_imports_mib"] for name, fact in shape["facts"].items()}
+        lines.append(
+            f"| {shape['seq_len']} | {shape['steps']} | {shape['facts']['kept']['threads']} | {rate['kept']:,.0f} | "
+            f"{rate['remade']:,.0f} | {rate['ours']:,.0f} | {shape['speed_ratio']:.2f}x | {peak['kept']:.0f} | "
+            f"{peak['remade']:.0f} | {peak['ours']:.0f} |")
+    return "\n".join(lines) + "\n"
