@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lm.claims.measures.decode_cost import decode_cost, full_state, state_bytes
+from lm.claims.measures.length_cost import product_flops
 from lm.claims.measures.scan_error import direct, exact, inputs, log_scan_error, log_space, scan_error
 from lm.models.build import build_model, init_params, make_apply
 
@@ -72,3 +73,31 @@ def test_a_token_is_timed(model, monkeypatch):
     found = decode_cost(config(model, 32))
     assert 0 < found["seconds_low"] <= found["seconds_per_token"] <= found["seconds_high"] < 1
     assert found["state_bytes"] == state_bytes(build_model(model, 256), 32) and found["tokens"] == 32
+
+
+def test_products_are_counted_as_often_as_a_loop_runs_and_of_a_choice_the_larger_one():
+    def body(x, _):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), None
+
+    @jax.jit
+    def program(x):
+        looped = jax.lax.scan(body, x, None, length=5)[0]
+        return jax.checkpoint(lambda x: jnp.einsum("ij,ik->jk", x, x))(looped)
+
+    count = product_flops(jax.make_jaxpr(program)(jnp.ones((3, 3))).jaxpr)
+    assert count == (5 * 2 + 1) * 2 * 27
+
+
+def test_block_sliding_attention_costs_the_same_a_token_at_any_length_and_attention_does_not():
+    blocks = dict(num_heads=2, block=16, memory=1)
+    for layer, fields, more in (("bswa", blocks, False), ("attention", dict(num_heads=2), True)):
+        model = {**ATTENTION, "pattern": (f"{layer}/mlp",), layer: fields}
+        short, long = (traced_flops(model, length) / length for length in (64, 256))
+        assert long > 1.5 * short if more else long == pytest.approx(short, rel=0.01)
+
+
+def traced_flops(model, length):
+    built = build_model(model, 16)
+    params, apply = jax.eval_shape(lambda: init_params(built, jax.random.key(0))), make_apply(built)
+    gradient = jax.grad(lambda params: jnp.sum(apply(params, jnp.zeros((1, length), jnp.int32)).hidden))
+    return product_flops(jax.make_jaxpr(gradient)(params).jaxpr)
