@@ -33,8 +33,8 @@ def test_every_cell_of_the_grid_resolves_and_has_three_seeds(name, full):
     claim = read(name, command.FOLDER)
     cells = claim.cells(full)
     assert all(cell.measure == "train" or cell.measure in MEASURES for cell in cells)
-    hashes = {configs.config_hash(configs.resolve(claim.module.get_config(), cell.overrides)) + cell.measure
-              for cell in cells}
+    resolve = lambda cell: configs.resolve(claim.module.get_config(), cell.overrides)
+    hashes = {(configs.config_hash(resolve(cell)), cell.measure, str(cell.then)) for cell in cells}
     assert len(hashes) == len(cells), "two cells are the same run"
 
 

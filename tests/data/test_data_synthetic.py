@@ -16,7 +16,7 @@ from lm.data.synthetic.word_problem import GROUPS, multiplication
 SMALL = {"facts": (dict(num_keys=5, num_classes=3), 9),
          "copy_chain": (dict(width=3, num_values=5), 14),
          "mqar": (dict(num_pairs=3, num_keys=6, num_values=5), 16),
-    "passkey": (dict(blocks=(1, 2, 3), block=4, num_keys=5, num_filler=3), 14),
+         "passkey": (dict(blocks=(1, 2, 3), block=4, num_keys=5, num_filler=3), 14),
          "recital": (dict(num_documents=3, length=6, num_symbols=9, successors=3), 14),
          "selective_copy": (dict(num_tokens=3, num_symbols=4), 15),
          "word_problem": (dict(group="S3", length=5), 13)}
@@ -112,6 +112,11 @@ def test_facts_are_one_class_a_pair_in_training_and_validation():
     other = dataset("facts", batch_size=60, draw=1).batch(0)
     pairs = zip(other.tokens[:, 0], other.tokens[:, 1], other.targets[:, 1], strict=True)
     assert any(told[first, second] != fact for first, second, fact in pairs)
+    batch = dataset("facts", batch_size=60, part=(3, 5)).batch(0)
+    assert (batch.tokens[:, :8:2] == 3).all() and set(np.unique(batch.tokens[:, 1:8:2])) == set(range(5, 10))
+    assert all(told[3, second] == fact for second, fact in zip(batch.tokens[:, 1], batch.targets[:, 1], strict=True))
+    with pytest.raises(ValueError, match="n a divisor of num_keys=5"):
+        dataset("facts", part=(0, 2))
 
 
 def test_mqar_asks_for_each_key_once_and_its_value_follows():

@@ -24,11 +24,17 @@ class Facts:
     num_keys: int = option(128, "different first keys, and second keys: num_keys^2 facts")
     num_classes: int = option(64, "what a fact can be")
     draw: int = option(0, "number of the set of facts")
+    part: tuple[int, int] = option((0, 1), "(k, n): first keys from the k-th of n equal parts alone, k from 0; facts "
+                                           "of other parts are another domain")
 
     def check(self) -> None:
-        """Raises ValueError for sizes below 1."""
+        """Raises ValueError for sizes below 1, and a part that is none."""
         if self.num_keys < 1 or self.num_classes < 1:
             raise ValueError(f"facts: num_keys={self.num_keys} and num_classes={self.num_classes} must be at least 1")
+        k, n = self.part
+        if n < 1 or self.num_keys % n or not 0 <= k < n:
+            raise ValueError(f"facts: part={(k, n)} must be (k, n) with n a divisor of num_keys={self.num_keys} and k "
+                             f"from 0 to n - 1")
 
     @property
     def vocab_size(self) -> int:
@@ -48,7 +54,9 @@ class Facts:
     def rows(self, draw: Draw, seq_len: int) -> Rows:
         """seq_len // 2 examples, each with a position 0 of its own, and padding where one is left."""
         count = seq_len // 2
-        first, second = (draw.integers(name, count, self.num_keys) for name in ("first", "second"))
+        k, n = self.part
+        first = draw.integers("first", count, self.num_keys // n) + k * (self.num_keys // n)
+        second = draw.integers("second", count, self.num_keys)
         tokens = np.zeros((len(first), seq_len), np.int64)
         targets, answers = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         tokens[:, 0:2 * count:2], tokens[:, 1:2 * count:2] = first, self.num_keys + second
