@@ -81,12 +81,13 @@ def run(python: str, cell: tuple[str, str, str, str], limit: float, dump: str | 
     case, direction, kernel, target = cell
     command = [python, "-m", "pallas_kernels.aot.compilation", case, direction, target, kernel]
     if TARGETS[target].toolchain == "libtpu":
-        return _answer(command, environment(dump), limit)
+        return answer(command, environment(dump), limit)
     with tempfile.TemporaryDirectory() as folder:
-        return _answer([*command, folder], environment(folder, "cuda"), limit)
+        return answer([*command, folder], environment(folder, "cuda"), limit)
 
 
-def _answer(command: list[str], environ: dict[str, str], limit: float) -> dict[str, Any]:
+def answer(command: list[str], environ: dict[str, str], limit: float) -> dict[str, Any]:
+    """The last line of JSON that a command prints; "status" is timeout or crashed where there is none."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                                env=environ, start_new_session=True)
     try:
