@@ -129,4 +129,4 @@ def speculative_steps(apply: Apply, params: Params, state: State, loop: Loop, ha
              jnp.full((size, rounds * (N + 1)), -1, jnp.int32), jnp.zeros(2, jnp.int32))
     _, state, loop, tokens, counts = jax.lax.while_loop(
         lambda carry: (carry[0] < rounds) & ~carry[2].done.all(), one_round, start)
-    return state, whole(loop), constrain(tokens, None, None), constrain(counts)
+    return state, whole(loop), constrain(tokens, None, None), constrain(counts, None)

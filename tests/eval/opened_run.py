@@ -11,11 +11,11 @@ TEXTS = tuple(f"document {n}: the quick brown fox number {n * n} jumps over {n %
 TOKENIZER = dict(kind="bytes", bos_id=0, eos_id=1)
 
 
-def save_run(workdir, *, lora_rank=None, steps=(3, 8)):
+def save_run(workdir, *, lora_rank=None, steps=(3, 8), model=()):
     """Saves checkpoints of an untrained model, with parameters that differ by step, and the config beside them."""
     config = configs.resolve(dict(
         model=dict(embed_dim=16, num_layers=1, pattern=("attention",), attention=dict(num_heads=2), dtype="float32",
-                   tie_embeddings=False),
+                   tie_embeddings=False, **dict(model)),
         data=dict(source="memory", texts=TEXTS, tokenizer=TOKENIZER, add_bos=True, validation_fraction=0.3),
         optimizer=dict(ema_decay=0.9), train=dict(batch_size=8, seq_len=32, lora_rank=lora_rank, steps=10),
         eval=dict(batches=None)))
