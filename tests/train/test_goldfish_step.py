@@ -75,8 +75,8 @@ def test_microbatches_give_the_gradient_of_the_whole():
     np.testing.assert_allclose(four, one, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [dict(context=4), pytest.param(dict(data=2, fsdp=2, context=2),
-                                                                marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(context=4), dict(data=2, fsdp=2, context=2)], ids=str)
 def test_sequence_sharding_changes_nothing(mesh):
     size = int(np.prod(list(mesh.values())))
     want = losses(optimizer=SGD, steps=3, mask=mask_of())
@@ -84,8 +84,8 @@ def test_sequence_sharding_changes_nothing(mesh):
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [Goldfish(mask="random", k=3), pytest.param(GOLDFISH, marks=pytest.mark.slow)],
-                         ids=["random", "hash"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [Goldfish(mask="random", k=3), GOLDFISH], ids=["random", "hash"])
 def test_masks_made_with_the_data_give_the_same_run(options):
     """Up to rounding: the masks are equal to the bit, the two programs are not."""
     here = losses(steps=3, mask=mask_of(options))
