@@ -126,7 +126,7 @@ def generate() -> str:
     from lm.core.goldfish import Goldfish
     from lm.eval.memorization_options import MemorizationOptions
     from lm.layers import LAYERS
-    from lm.losses import LOSSES
+    from lm.losses import LOSSES, TAUGHT
     from lm.losses.preference import PREFERENCE
     from lm.models.build import ModelOptions
     from lm.models.depth_options import ENTRY, RecurrentDepthOptions
@@ -137,7 +137,8 @@ def generate() -> str:
             parts += [section(title, ModelOptions), ENTRIES, *entries({ENTRY: RecurrentDepthOptions}, "entry"),
                       *entries(LAYERS, "layer")]
         elif group == "loss":
-            parts += [f"{title}\n\n{LOSS}", *entries(LOSSES, "loss"), *entries(PREFERENCE, "preference loss")]
+            parts += [f"{title}\n\n{LOSS}", *entries({**LOSSES, **TAUGHT}, "loss"),
+                      *entries(PREFERENCE, "preference loss")]
             parts.append(section("### mask `goldfish`", Goldfish))
         else:
             parts.append(section(title, option_class(group)))

@@ -1,6 +1,7 @@
 """Our side of `lm bench orpo`: the train step that `lm train` runs with loss=dict(orpo=...), from the same weights.
 
-Arguments: T, file of the weights.
+Arguments: T, file of the weights, and "chunked" (as by default: the logits of a part of a row at a time, made again in
+the backward pass) or "whole" (those of all rows, kept).
 """
 
 import sys
@@ -52,7 +53,8 @@ def build():
         name="adamw", learning_rate=sizes.LEARNING_RATE, schedule="constant", warmup_steps=0, b1=b1, b2=b2,
         eps=sizes.EPS, weight_decay=0.0, clip_norm=None), shapes, 1000)
     # As TRL has it by default: the likelihood is that of the prompt too, a mean over tokens.
-    objective = build_objective({"orpo": {"odds_weight": ODDS_WEIGHT, "sft_tokens": "all", "sft_average": "tokens"}})
+    objective = build_objective({"orpo": {"odds_weight": ODDS_WEIGHT, "sft_tokens": "all", "sft_average": "tokens"},
+                                 "chunk": 2 * seq_len if sys.argv[3] == "whole" else None})
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
     batch = to_device(rows(seq_len), mesh, 0, 1)
     state = Recipe(lambda key: weights, boxed, optimizer).create(0, mesh)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.batch import TaughtBatch
+from lm.core.fields import option
 from lm.core.types import Array, Head, TokenScores
 from lm.losses.cross_entropy import over_chunks, scores_of
 
@@ -25,8 +26,9 @@ class Distill:
       over the named tokens alone, and what the student gives to others costs nothing.
     """
 
-    temperature: float = 1.0
-    tail: Literal["bucket", "renormalize"] = "bucket"
+    temperature: float = option(1.0, "divides the logits of both; that of the teacher's predictions")
+    tail: Literal["bucket", "renormalize"] = option("bucket", "the tokens that are not named: one outcome more, or "
+                                                    "left out of both")
 
     def check(self) -> None:
         """Raises ValueError for a temperature that is not above 0."""
