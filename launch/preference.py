@@ -43,9 +43,6 @@ def check(config: Any, data: Any, train: Any) -> None:
     if config.loss.get("goldfish"):
         raise ValueError(f"config.loss.goldfish takes targets out of texts, and {name} compares whole responses; leave "
                          f"one of them out")
-    if objective.reference == "cached" and data.kind != "pairs":
-        raise ValueError(f"config.loss.reference='cached' is for pairs that come again (source='pairs'); "
-                         f"{data.kind} makes new ones at every step; use reference='copy'")
     if objective.loss.needs_mismatched and not mismatched(data):
         raise ValueError(f"config.loss.{name} estimates its baseline from responses to other prompts; set "
                          f"config.data.mismatched=True (made rows: config.data.task.mismatched)")
@@ -95,6 +92,9 @@ def _cache(prepared: Any, params: Any, workdir: str) -> None:
     if jax.process_count() > 1:
         raise ValueError("config.loss.reference='cached' is computed by one process; use reference='copy' or "
                          "'adapters_off' with several")
+    if not hasattr(prepared.train_set, "row_places"):
+        raise ValueError(f"config.loss.reference='cached' is for pairs that come again (source='pairs'), and "
+                         f"{prepared.train_set.name} makes new ones at every step; use reference='copy'")
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     place = functools.partial(to_device, mesh=prepared.mesh, index=0, count=1)
     prepared.train_set.reader.reference = write(epath.Path(workdir) / CACHE, make_apply(prepared.model), params,

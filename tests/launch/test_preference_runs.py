@@ -105,6 +105,16 @@ def test_adapters_alone_learn_and_the_model_without_them_is_the_reference(folder
     assert "win rate by length alone" in said and "length baseline" in said and "again" in said
 
 
+@pytest.mark.slow
+def test_pairs_that_never_come_again_have_no_cache(tmp_path, capsys):
+    made = dict(model={**MODEL, "vocab_size": None}, loss=dict(dpo=1.0, reference="cached"),
+                data=dict(source="style_pairs", task=dict(num_contents=2, num_symbols=8)),
+                train=dict(steps=1, batch_size=8, seq_len=16))
+    (tmp_path / "c.json").write_text(configs.to_json(configs.resolve(made)))
+    assert cli.main(["train", "--config", str(tmp_path / "c.json"), "--workdir", str(tmp_path / "run")]) == 2
+    assert "pairs that come again" in capsys.readouterr().err
+
+
 def test_a_perplexity_of_pairs_is_refused(folder, capsys):
     assert cli.main(["eval", "--workdir", str(folder / "base")]) == 2
     assert "--task preference" in capsys.readouterr().err
@@ -114,7 +124,6 @@ def test_a_perplexity_of_pairs_is_refused(folder, capsys):
     ({"loss": {"next_token": 1.0}}, "no preference loss"), ({"data": {"source": "pydoc"}}, "needs pairs"),
     ({"loss": {"kto": 1.0}}, "config.data.mismatched=True"),
     ({"loss": {"dpo": 1.0, "reference": "adapters_off"}}, "there are none"),
-    ({"loss": {"dpo": 1.0, "reference": "cached"}, "data": {"source": "style_pairs"}}, "pairs that come again"),
     ({"loss": {"orpo": 1.0, "goldfish": {"k": 4}}}, "leave one of them out")])
 def test_loss_and_data_that_do_not_fit_are_refused(changes, message):
     made = dict(model=MODEL, loss={"orpo": 1.0}, data=dict(source="pairs", path="somewhere")) | changes
