@@ -21,9 +21,8 @@ from lm.eval.preference import Preference
 from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
 from lm.models.build import make_apply
-from lm.train.feed import data_shard, to_device
-from lm.train.feed import data_shard, to_device
 from lm.models.recurrent_depth import check_recurrent
+from lm.train.feed import data_shard, to_device
 
 BASELINE = "bigram"
 
@@ -57,12 +56,12 @@ class Evaluation:
         evaluator = Perplexity(self._sets, place=place) if objective is None else \
             Preference(self._sets, objective.loss, place=place)
         self._evaluators = [evaluator] if datasets else []
-        # A prompt that cannot be continued is found now, not after an hour of training.
         if self._options.recurrences:
             check_recurrent(prepared.model, "config.eval.recurrences")
             self._evaluators.append(AtDepth(tuple(self._evaluators), at_recurrences(self._options.recurrences)))
         self._memorization = memorization_of(prepared.config, self._options.memorization, prepared.model,
                                              prepared.corpora.tokenizer) if self._options.memorization else None
+        # A prompt that cannot be continued is found now, not after an hour of training.
         for prompt in self._options.samples:
             ids = encode_prompt(prepared.corpora.tokenizer, prompt, add_bos=self._data.add_bos)
             prepared.model.check_length(len(ids) + self._options.sample_tokens)
@@ -86,7 +85,7 @@ class Evaluation:
         if self._memorization is not None:
             metrics |= evaluate([self._memorization], self._apply, params)
             note(f"step {step}: memorization {summary(metrics)}")
-        if jax.process_count() == 1 and self._options.samples:
+        if self._options.samples:
             self._sample(params, step, note)
         return metrics
 
@@ -97,6 +96,8 @@ class Evaluation:
         blocks = [prompt + continuation for prompt, continuation in texts]
         for block in blocks:
             note(f"sample: {block}")
+        if jax.process_index():
+            return
         folder = self._workdir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{step}.txt").write_text("\n\n".join(blocks) + "\n")

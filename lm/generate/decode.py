@@ -84,14 +84,14 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
         state = apart(state)
     seen = None if options.repetition_penalty == 1 else _seen(prompts, logits.shape[-1])
     loop = run(first_token, (), (logits, lengths, seen, plan), options=options)
-    drawn = np.asarray(loop.token)[:, None]
+    drawn = on_host(loop.token)[:, None]
     timing.prefill_seconds = time.perf_counter() - started - (timing.compile_seconds - compiled)
 
     started, compiled = time.perf_counter(), timing.compile_seconds
     while True:
         _take(host, drawn, loop, on_text)
         halted = np.array([row.reason is not None for row in host])
-        if np.all(halted | np.asarray(loop.done)):
+        if np.all(halted | on_host(loop.done)):
             break
         now = (params, state, loop, halted, plan)
         if speculation is None:
@@ -100,7 +100,7 @@ def generate(apply: Apply, params: Params, initial_state: Callable[..., State], 
         else:
             state, loop, drawn, counts = run(speculative_steps, (apply,), now, options=options, steps=steps_per_sync,
                                              speculation=speculation)
-            timing.drafted, timing.kept = (a + int(b) for a, b in zip((timing.drafted, timing.kept), counts,
+            timing.drafted, timing.kept = (a + int(on_host(b)) for a, b in zip((timing.drafted, timing.kept), counts,
                                                                        strict=True))
     for n, row in enumerate(host):
         row.finish("length")
@@ -141,13 +141,21 @@ def _seen(prompts: Sequence[np.ndarray], vocab: int) -> np.ndarray:
     return out
 
 
+def on_host(x: Any) -> np.ndarray:
+    """The values of an array, also of one that is split over devices of several processes, all of which must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        whole = jax.NamedSharding(x.sharding.mesh, jax.P())
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x)
+
+
 def _take(host: Sequence[Row], drawn: Array, loop: Loop, on_text: Callable[[int, str], None] | None) -> None:
     """Gives the drawn tokens [B, S] to their rows, and the text that became certain to the caller."""
-    if (broken := np.flatnonzero(np.asarray(loop.broken))).size:
+    if (broken := np.flatnonzero(on_host(loop.broken))).size:
         n = int(broken[0])
         raise FloatingPointError(f"the logits of row {n} became NaN after {len(host[n].tokens)} new tokens: the "
                                  f"parameters are not finite, or the compute dtype overflows")
-    for n, (row, tokens) in enumerate(zip(host, np.asarray(drawn), strict=True)):
+    for n, (row, tokens) in enumerate(zip(host, on_host(drawn), strict=True)):
         for token in tokens[tokens >= 0]:
             row.add(int(token))
         _show(n, row, on_text)

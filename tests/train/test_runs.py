@@ -129,14 +129,16 @@ def free_port() -> int:
 
 
 def test_two_processes_equal_one(tmp_path):
-    assert run(tmp_path / "one", "--config.mesh.fsdp=2", devices=2)[0] == 0
+    flags = ("--config.mesh.fsdp=2", "--config.eval.samples=the loom,word", "--config.eval.sample_tokens=8")
+    assert run(tmp_path / "one", *flags, devices=2)[0] == 0
     address = f"127.0.0.1:{free_port()}"
-    started = [start(tmp_path / "two", "--config.mesh.fsdp=2", JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
+    started = [start(tmp_path / "two", *flags, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
                      JAX_PROCESS_ID=str(i)) for i in range(2)]
     outs = [finish(process) for process in started]
     assert [code for code, _ in outs] == [0, 0], outs
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
     assert outs[1][1].count("step ") == 0, "only the first process prints"
+    assert (tmp_path / "two/samples/12.txt").read_text() == (tmp_path / "one/samples/12.txt").read_text()
 
 
 def test_a_nonfinite_loss_stops_with_76_and_dumps_the_batch(tmp_path):
