@@ -236,3 +236,39 @@ def test_folders_of_another_kind_and_packings_that_divide_are_refused(prepared, 
     prepare(SourceOptions(source="memory", texts=("abc", "def")), BYTES, str(tmp_path / "text"))
     with pytest.raises(ValueError, match="holds no pairs"):
         build_dataset({**data, "path": str(tmp_path / "text")}, batch_size=1, seq_len=2)
+
+
+def test_parquet_holds_the_same_pairs(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    turns = [dict(prompt=HELLO, chosen=[{"role": "assistant", "content": f"good {i}"}],
+                  rejected=[{"role": "assistant", "content": "bad"}]) for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist([*turns, {**turns[0], "rejected": turns[0]["chosen"]}]),
+                        tmp_path / "pairs.parquet")
+    source = SourceOptions(source="parquet", path=str(tmp_path / "pairs.parquet"))
+    manifest, account = prepare_preferences(source, PreferenceOptions(template="plain"), BYTES, str(tmp_path / "out"))
+    assert manifest["preference"]["pairs"] == 3 and account.counts == {"identical responses": 1}
+    assert account.faults[0]["where"].endswith("row 3")
+
+
+def test_a_step_that_went_wrong_names_the_lines_of_its_pairs(prepared, caplog):
+    from launch.preference import reporting
+    data, _, _ = prepared(numbered(9))
+    dataset = build_dataset(data, batch_size=1, seq_len=64)
+    with caplog.at_level(logging.ERROR):
+        batch = reporting(dataset)(2, 0, 1)
+    np.testing.assert_array_equal(batch.tokens, dataset.batch(2).tokens)
+    assert all(place in caplog.text for place in dataset.places(2)) and dataset.places(2)
+
+
+def test_pairs_that_the_reference_cannot_score_are_left_out_whole(prepared):
+    data, _, _ = prepared(numbered(8))
+    dataset = build_dataset(data, batch_size=1, seq_len=64)
+    before = dataset.reader.read([0])
+    table = np.zeros((dataset.num_rows_per_epoch, 64), np.float32)
+    table[0, np.flatnonzero(before.segment_ids[0] == 2)[-1]] = np.nan  # the rejected response of the first pair
+    dataset.reader.reference = table
+    after = dataset.reader.read([0])
+    first = np.isin(before.segment_ids[0], (1, 2))
+    assert not after.weights[0, first].any() and np.isfinite(after.reference).all()
+    np.testing.assert_array_equal(after.weights[0, ~first], before.weights[0, ~first])
