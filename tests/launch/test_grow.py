@@ -96,7 +96,8 @@ def test_tables_split_over_devices_grow(tmp_path):
     run = open_run(str(tmp_path / "b"))
     table = run.params["params"]["stack"]["pattern_0"]["peer"]["experts"]
     assert table.shape[1] == 64 and table.addressable_shards[0].data.shape[1] == 16
-    np.testing.assert_allclose(logits(tmp_path / "a"), logits(tmp_path / "b"), rtol=0, atol=2e-6)
+    # Experts are on other devices than before, and the parts of a sum meet in another order.
+    np.testing.assert_allclose(logits(tmp_path / "a"), logits(tmp_path / "b"), rtol=0, atol=1e-4)
     assert lm("train", "--config", tmp_path / "b", "--init-from", tmp_path / "b", "--workdir", tmp_path / "c", OPEN,
               "--config.train.steps=2", "--config.eval.final=False") == 0
     before, after = (arrays(tmp_path / name)["stack/pattern_0/peer/experts"].view(np.uint32) for name in "bc")
