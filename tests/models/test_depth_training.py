@@ -115,19 +115,26 @@ def test_adapters_of_core_and_adapter_change_what_their_merged_kernels_change():
 def test_the_train_step_of_a_run_takes_it(train):
     config = configs.resolve(dict(
         model=BASE, data=dict(source="copy_chain", task=dict(width=2, num_values=3)), optimizer=dict(ema_decay=0.9),
-        train=dict(batch_size=16, seq_len=8, steps=4, **train), eval=dict(batches=1)))
+        train=dict(batch_size=16, seq_len=8, steps=6, **train), eval=dict(batches=1)))
     run = prepare(config)
     experiment = run.experiment("unused")
-    step = jax.jit(make_train_step(experiment.apply, experiment.objective, run.recipe.optimizer,
+    traced = []
+
+    def apply(*args, **kwargs):
+        traced.append(None)
+        return experiment.apply(*args, **kwargs)
+
+    step = jax.jit(make_train_step(apply, experiment.objective, run.recipe.optimizer,
                                    microbatches=run.options.microbatches),
                    out_shardings=(run.recipe.shardings(run.mesh), None))
     state = run.recipe.create(0, run.mesh)
-    seen = []
+    seen, programs = [], []
     with jax.set_mesh(run.mesh):
-        for n in range(4):
+        for n in range(6):
             state, metrics = step(state, run.train_set.batch(n))
             seen.append(float(metrics["train/depth/recurrences"]))
-    assert step._cache_size() == 1 and len(set(seen)) > 1
+            programs.append(len(traced))
+    assert programs[0] == programs[-1] and len(set(seen)) > 1
     assert np.isfinite(metrics["train/loss"]) and float(metrics["train/depth/change"]) > 0
     assert state.ema is not None
     # Four iterations on average, of which two and less have a gradient.
