@@ -107,8 +107,9 @@ class Prepared:
         import jax.numpy as jnp
 
         from lm.core.goldfish import masked
+        from lm.core.goldfish_sharded import dropped_over_shards
         rows = jnp.uint32(self.options.batch_size)
-        return lambda batch, step: masked(self.goldfish, batch, step.astype(jnp.uint32) * rows)
+        return lambda batch, step: masked(self.goldfish, batch, step.astype(jnp.uint32) * rows, dropped_over_shards)
 
     def start(self, state: Any, workdir: str) -> Any:
         """A fresh state with another run's parameters, where the config asks for them."""

@@ -8,7 +8,7 @@ Shapes: B batch rows, T time.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -74,15 +74,15 @@ class Goldfish:
         return self.mask != "random"
 
 
-def dropped(options: Goldfish, batch: Batch, first_row: Any = 0) -> Any:
+def dropped(options: Goldfish, batch: Batch, first_row: Any = 0, place: Any = None) -> Any:
     """[B, T] bool: the targets that the mask takes out.
 
     batch: numpy or JAX arrays; weights are not looked at. first_row: number of the batch's first row in the run, uint32
-    (only `random` depends on it). The result is undefined where there is no target.
+    (only `random` depends on it). place: [1, T] uint32, which positions of a row these are; None is from 0. The result
+    is undefined where there is no target.
     """
     xp = batch.targets.__array_namespace__()
-    T = batch.targets.shape[1]
-    place = xp.arange(T, dtype=xp.uint32)[None, :]
+    place = xp.arange(batch.targets.shape[1], dtype=xp.uint32)[None, :] if place is None else place
     if options.mask == "static":
         index = place if options.compat else batch.positions.astype(xp.uint32)
         out = (index >= np.uint32(options.offset)) & ((index - np.uint32(options.offset)) % np.uint32(options.k) == 0)
@@ -110,9 +110,9 @@ def whole_windows(segment_ids: Any, h: int) -> Any:
     return shift(segment_ids, h - 2) == segment_ids
 
 
-def masked(options: Goldfish, batch: Batch, first_row: Any = 0) -> MaskedBatch:
+def masked(options: Goldfish, batch: Batch, first_row: Any = 0, find: Callable[..., Any] = dropped) -> MaskedBatch:
     """The batch with weight 0 at dropped targets, and the weight that they had in `dropped`."""
-    drop = dropped(options, batch, first_row)
+    drop = find(options, batch, first_row)
     xp = batch.targets.__array_namespace__()
     zero = xp.zeros((), batch.weights.dtype)
     return MaskedBatch(batch.tokens, batch.targets, xp.where(drop, zero, batch.weights), batch.segment_ids,

@@ -11,10 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.core.batch import Batch
 from lm.core.goldfish import Goldfish, dropped, masked
 from lm.core.goldfish_hash import lanes_of_salt, window_bits
+from lm.core.goldfish_sharded import dropped_over_shards
 from lm.core.goldfish_umd import TABLE_SIZE, product_keys, table
 from lm.core.sharding import make_mesh
 
 on_device = jax.jit(dropped, static_argnames="options")
+over_shards = jax.jit(dropped_over_shards, static_argnames="options")
 KINDS = [Goldfish(k=3, h=5), Goldfish(k=4, h=13), Goldfish(k=2, h=1), Goldfish(k=4, h=2, exempt=(3, 9)),
          Goldfish(k=5, h=50), Goldfish(k=3, h=5, salt=7), Goldfish(mask="static", k=3, offset=2),
          Goldfish(mask="random", k=3), Goldfish(k=4, h=13, compat="umd"), Goldfish(k=3, h=4, compat="umd"),
@@ -162,8 +164,10 @@ def test_a_sequence_over_devices_has_the_same_mask(options, seq):
     mesh = make_mesh({"data": 2, "context": seq}, devices=jax.devices()[:2 * seq])
     sharding = NamedSharding(mesh, PartitionSpec("data", "context"))
     with jax.set_mesh(mesh):
-        found = on_device(options, jax.device_put(batch, sharding), jnp.uint32(5))
+        compiled = over_shards.lower(options, jax.device_put(batch, sharding), jnp.uint32(5)).compile()
+        found = compiled(jax.device_put(batch, sharding), jnp.uint32(5))
     np.testing.assert_array_equal(found, dropped(options, batch, 5))
+    assert "all-gather" not in compiled.as_text(), "rows were put together on every device"
 
 
 @pytest.mark.parametrize("options", [Goldfish(k=3, h=5), Goldfish(k=4, h=13), Goldfish(mask="random", k=10),

@@ -13,6 +13,7 @@ from launch import config as configs
 from launch.train import prepare
 from lm.core.batch import Batch, MaskedBatch
 from lm.core.goldfish import Goldfish, dropped, masked
+from lm.core.goldfish_sharded import dropped_over_shards
 from lm.core.head import logits_of
 from lm.core.sharding import make_mesh
 from lm.data.loader import build_dataset, iterate
@@ -26,7 +27,7 @@ GOLDFISH = Goldfish(k=3, h=4)
 
 
 def mask_of(options=GOLDFISH):
-    return lambda batch, step: masked(options, batch, step.astype(jnp.uint32) * jnp.uint32(B))
+    return lambda batch, step: masked(options, batch, step.astype(jnp.uint32) * jnp.uint32(B), dropped_over_shards)
 
 
 @functools.cache
