@@ -1,4 +1,4 @@
-"""Draws docs/figures/fam_pattern.svg, who sees whom in TransformerFAM: `python docs/figures/fam_pattern.py [--check]`."""
+"""Draws docs/figures/fam_pattern.svg, who sees whom in `fam`: `python docs/figures/fam_pattern.py [--check]`."""
 
 import pathlib
 import sys
