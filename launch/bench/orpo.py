@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """Measures every shape, prints and writes the table."""
     if args.steps < 10:
         raise ValueError(f"--steps must be at least 10, for a median that means something; got {args.steps}")
-    if min(args.seq_len or SHAPES) < 8:
-        raise ValueError(f"--seq-len must be at least 8, half of it a prompt; got {min(args.seq_len)}")
+    if min(args.seq_len or SHAPES) < 8 or args.vocab < 8:
+        raise ValueError(f"--seq-len and --vocab must be at least 8; got {min(args.seq_len or SHAPES)} and "
+                         f"{args.vocab}")
     for package, install in (("torch", "'loomlm[bench]' (a CPU build of torch will do)"), ("trl", "trl")):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"lm bench orpo compares with TRL's ORPOTrainer and {package} is not installed; install "
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     cores = len(os.sched_getaffinity(0))
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
-              "shapes": [measure(seq_len, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
+              "vocab": args.vocab,
+              "shapes": [measure(seq_len, args.vocab, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "orpo.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -46,21 +48,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(seq_len: int, steps: int, cores: int) -> dict[str, Any]:
+def measure(seq_len: int, vocab: int, steps: int, cores: int) -> dict[str, Any]:
     """One shape: the best number of threads for TRL, then the sides in turns."""
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "weights.npz")
-        trl = lambda threads, how: side(TRL, str(seq_len), str(threads), how, weights)
+        trl = lambda threads, how: side(TRL, str(seq_len), str(vocab), str(threads), how, weights)
         trials = {}
         for threads in sorted({1, cores}):
             with trl(threads, "kept") as opened:
-                trials[threads] = statistics.median(opened.ask("time 4")["seconds"][1:])
+                trials[threads] = statistics.median(opened.ask("time 3")["seconds"][1:])
         threads = min(trials, key=trials.get)
         with contextlib.ExitStack() as stack:
             sides = {"kept": stack.enter_context(trl(threads, "kept")),
                      "remade": stack.enter_context(trl(threads, "remade")),
-                     "ours": stack.enter_context(side(OURS, str(seq_len), weights, "chunked")),
-                     "whole": stack.enter_context(side(OURS, str(seq_len), weights, "whole"))}
+                     "ours": stack.enter_context(side(OURS, str(seq_len), str(vocab), weights, "chunked")),
+                     "whole": stack.enter_context(side(OURS, str(seq_len), str(vocab), weights, "whole"))}
             losses = {name: one.first_loss for name, one in sides.items()}
             if max(losses.values()) - min(losses.values()) > 1e-4:
                 raise AssertionError(f"the sides differ in their initial loss: {losses}")
@@ -87,7 +89,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"One ORPO step (forward, backward, AdamW) on {pairs.PAIRS} pairs of sequences of T tokens, half of them "
         f"prompt, float32, {result['cores']} CPU cores; GPT-2's architecture of width {sizes.WIDTH}, {sizes.LAYERS} "
-        f"layers, vocabulary {pairs.VOCAB:,}; Python {result['python']}, {facts['ours']['version']} against "
+        f"layers, vocabulary {result['vocab']:,}; Python {result['python']}, {facts['ours']['version']} against "
         f"{facts['kept']['version']}. Medians of as many steps of each side, in turns of {TURN}.", "",
         "| T | steps | TRL's threads | TRL, tokens/s | TRL, activations remade | loomlm | loomlm, logits whole | "
         "speed against TRL | logits whole | peak memory above imports, MiB: TRL | remade | loomlm | logits whole |",

@@ -1,7 +1,7 @@
 """Our side of `lm bench orpo`: the train step that `lm train` runs with loss=dict(orpo=...), from the same weights.
 
-Arguments: T, file of the weights, and "chunked" (as by default: the logits of a part of a row at a time, made again in
-the backward pass) or "whole" (those of all rows, kept).
+Arguments: T, ids of the vocabulary, file of the weights, and "chunked" (as by default: the logits of a part of a row at
+a time, made again in the backward pass) or "whole" (those of all rows, kept).
 """
 
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint  # noqa: F401  what `lm train` has imported before its first step
 
 from launch.bench import gpt2, sizes
-from launch.bench.pairs import ODDS_WEIGHT, PAIRS, VOCAB, pairs
+from launch.bench.pairs import ODDS_WEIGHT, PAIRS, pairs
 from launch.bench.side import serve
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
@@ -26,9 +26,9 @@ from lm.train.state import Recipe
 from lm.train.step import make_train_step
 
 
-def rows(seq_len: int) -> Batch:
+def rows(seq_len: int, vocab: int) -> Batch:
     """A pair a row, as `lm data prepare --kind preference` packs them: prompt and chosen, then prompt and rejected."""
-    given = pairs(seq_len)
+    given = pairs(seq_len, vocab)
     documents = [np.concatenate([given.prompt, response], axis=1) for response in (given.chosen, given.rejected)]
     tokens = np.concatenate(documents, axis=1)
     targets = np.concatenate([np.roll(document, -1, axis=1) for document in documents], axis=1)
@@ -41,9 +41,9 @@ def rows(seq_len: int) -> Batch:
 
 def build():
     """(step, facts)."""
-    seq_len = int(sys.argv[1])
-    model = build_model(gpt2.config(seq_len), VOCAB)
-    with np.load(sys.argv[2]) as saved:
+    seq_len, vocab = int(sys.argv[1]), int(sys.argv[2])
+    model = build_model(gpt2.config(seq_len), vocab)
+    with np.load(sys.argv[3]) as saved:
         weights = gpt2.from_torch(dict(saved))
     boxed = abstract_params(model)
     shapes = flax.linen.meta.unbox(boxed)
@@ -54,9 +54,9 @@ def build():
         eps=sizes.EPS, weight_decay=0.0, clip_norm=None), shapes, 1000)
     # As TRL has it by default: the likelihood is that of the prompt too, a mean over tokens.
     objective = build_objective({"orpo": {"odds_weight": ODDS_WEIGHT, "sft_tokens": "all", "sft_average": "tokens"},
-                                 "chunk": 2 * seq_len if sys.argv[3] == "whole" else None})
+                                 "chunk": 2 * seq_len if sys.argv[4] == "whole" else None})
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
-    batch = to_device(rows(seq_len), mesh, 0, 1)
+    batch = to_device(rows(seq_len, vocab), mesh, 0, 1)
     state = Recipe(lambda key: weights, boxed, optimizer).create(0, mesh)
     run = jax.jit(make_train_step(make_apply(model), objective, optimizer), donate_argnums=0)
 

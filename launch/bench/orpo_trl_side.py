@@ -1,7 +1,7 @@
 """TRL's side of `lm bench orpo`: the training step of its ORPOTrainer, float32 on the CPU.
 
-Arguments: T, threads, whether activations are made again in the backward pass ("remade", TRL's default) or "kept", file
-for the initial weights.
+Arguments: T, ids of the vocabulary, threads, whether activations are made again in the backward pass ("remade", TRL's
+default) or "kept", file for the initial weights.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ import transformers
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from launch.bench import gpt2, sizes
-from launch.bench.pairs import EOS, ODDS_WEIGHT, PAD, PAIRS, VOCAB, pairs
+from launch.bench.pairs import ODDS_WEIGHT, PAIRS, pairs
 from launch.bench.side import serve
 
 
@@ -25,22 +25,23 @@ def words(ids: np.ndarray) -> str:
     return " ".join(f"t{i}" for i in ids)
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A word for every id; EOS and padding are special."""
-    names = {PAD: "<pad>", EOS: "<eos>"}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({names.get(i, f"t{i}"): i for i in range(VOCAB)}, "t0"))
+def tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
+    """A word for every id; the last two, padding and EOS, are special."""
+    names = {vocab - 2: "<pad>", vocab - 1: "<eos>"}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({names.get(i, f"t{i}"): i for i in range(vocab)}, "t0"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<pad>")
 
 
 def build():
     """(step, facts)."""
-    seq_len, threads, remade = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "remade"
+    seq_len, vocab, threads = (int(word) for word in sys.argv[1:4])
+    remade = sys.argv[4] == "remade"
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = gpt2.torch_model(seq_len, VOCAB)
-    np.savez(sys.argv[4], **{k: v.numpy() for k, v in model.state_dict().items()})
-    given = pairs(seq_len)
+    model = gpt2.torch_model(seq_len, vocab)
+    np.savez(sys.argv[5], **{k: v.numpy() for k, v in model.state_dict().items()})
+    given = pairs(seq_len, vocab)
     # The trainer adds EOS to responses itself.
     rows = [{"prompt": words(p), "chosen": " " + words(c[:-1]), "rejected": " " + words(r[:-1])}
             for p, c, r in zip(*given, strict=True)]
@@ -52,7 +53,7 @@ def build():
             weight_decay=0.0, adam_beta1=b1, adam_beta2=b2, adam_epsilon=sizes.EPS, report_to=[], max_steps=1000,
             dataloader_pin_memory=False, remove_unused_columns=False)
         trainer = ORPOTrainer(model, settings, train_dataset=datasets.Dataset.from_list(rows),
-                              processing_class=tokenizer())
+                              processing_class=tokenizer(vocab))
     batch = next(iter(trainer.get_train_dataloader()))
     found = {tuple(row) for row in batch["chosen_input_ids"].tolist()}
     if found != {(*p, *c) for p, c in zip(given.prompt.tolist(), given.chosen.tolist(), strict=True)}:

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOCAB, PAIRS, ODDS_WEIGHT = 8192, 4, 0.1
-PAD, EOS = VOCAB - 2, VOCAB - 1
+PAIRS, ODDS_WEIGHT = 4, 0.1
 
 
 class Pairs(NamedTuple):
@@ -16,10 +15,11 @@ class Pairs(NamedTuple):
     rejected: np.ndarray
 
 
-def pairs(seq_len: int, seed: int = 0) -> Pairs:
-    """Random tokens: sequences of seq_len, half of them prompt. All are equally long, so that nothing is padded."""
+def pairs(seq_len: int, vocab: int, seed: int = 0) -> Pairs:
+    """Random tokens: sequences of seq_len, half of them prompt. All are equally long, so that nothing is padded. Of the
+    ids the last two are padding and EOS."""
     rng = np.random.default_rng(seed)
-    draw = lambda length: rng.integers(0, PAD, (PAIRS, length)).astype(np.int32)
+    draw = lambda length: rng.integers(0, vocab - 2, (PAIRS, length)).astype(np.int32)
     prompt = seq_len // 2
-    ended = lambda tokens: np.concatenate([tokens, np.full((PAIRS, 1), EOS, np.int32)], axis=1)
+    ended = lambda tokens: np.concatenate([tokens, np.full((PAIRS, 1), vocab - 1, np.int32)], axis=1)
     return Pairs(draw(prompt), *(ended(draw(seq_len - prompt - 1)) for _ in range(2)))

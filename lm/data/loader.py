@@ -67,6 +67,7 @@ class TokenDataset(StepBatches):
     def __init__(self, corpora: Corpora, options: DataOptions, *, split: str, seed: int, batch_size: int,
                  seq_len: int) -> None:
         self.tokenizer, self.split, self.batch_size, self.seq_len = corpora.tokenizer, split, batch_size, seq_len
+        self._corpora, self._options, self._seed = corpora, options, seed
         parts = getattr(corpora, split)
         # A source that stands alone is shuffled the same whatever its name: prepared or not, the batches are equal.
         keys = {name: fold(seed, name if len(parts) > 1 else "") for name in parts}
@@ -121,8 +122,14 @@ class TokenDataset(StepBatches):
             yield from source.part.corpus.blocks(source.part.documents)
 
     def slices(self) -> "dict[str, TokenDataset]":
-        """Parts of the targets that are evaluated by themselves; text has none."""
-        return {}
+        """Parts of the targets that are evaluated by themselves: the sources of a mixture of chats, such as long and
+        short answers. Other text has none."""
+        parts = getattr(self._corpora, self.split)
+        if len(parts) < 2 or not all(part.corpus.whole for part in parts.values()):
+            return {}
+        return {name: TokenDataset(self._corpora._replace(**{self.split: {name: part}}), self._options,
+                                   split=self.split, seed=self._seed, batch_size=self.batch_size, seq_len=self.seq_len)
+                for name, part in parts.items()}
 
     def describe(self) -> dict[str, Any]:
         """Counts of the split and of each source, as plain values for logs and for the workdir."""

@@ -167,6 +167,13 @@ def test_groups_are_mixed_by_examples_or_by_tokens(tmp_path, lines, capsys, unit
         for tokens, _, _ in documents(made.batch(step)):
             count[bool(response[tuple(tokens)] >= 30)] += 1 if unit == "documents" else len(tokens)
     assert count[False] / count[True] == pytest.approx(4.0, rel=0.08)
+    held = build_dataset({"sources": {"long": part("long", 1.0), "short": part("short", 4.0)},
+                          "validation_fraction": 0.4}, split="validation", batch_size=8, seq_len=160)
+    apart = held.slices()
+    assert {name: one.num_documents for name, one in apart.items()} == {
+        name: found["documents"] for name, found in held.describe()["sources"].items()}
+    for tokens, _, _ in documents(next(apart["long"].eval_batches())):
+        assert response[tuple(tokens)] >= 30
     with pytest.raises(ValueError, match="no group 'medium'; its groups are short, long"):
         build_dataset({**part("medium", 1.0)}, batch_size=1, seq_len=160)
 
