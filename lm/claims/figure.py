@@ -24,8 +24,9 @@ def draw(figure: Mapping[str, Any], title: str) -> bytes:
     places = {x: n for n, x in enumerate(dict.fromkeys(texts))}
     for n, (label, line) in enumerate(series.items()):
         means = [sum(seeds) / len(seeds) for seeds in line["y"]]
-        bars = [[mean - min(seeds) for mean, seeds in zip(means, line["y"], strict=True)],
-                [max(seeds) - mean for mean, seeds in zip(means, line["y"], strict=True)]]
+        # Not below 0: the mean of equal numbers is off by rounding.
+        bars = [[max(0.0, mean - min(seeds)) for mean, seeds in zip(means, line["y"], strict=True)],
+                [max(0.0, max(seeds) - mean) for mean, seeds in zip(means, line["y"], strict=True)]]
         color = COLORS[n % len(COLORS)]
         if places:
             width = 0.8 / len(series)

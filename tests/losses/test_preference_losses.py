@@ -85,7 +85,8 @@ def test_repeating_every_token_leaves_the_odds_ratio_as_it_is():
     np.testing.assert_allclose(value(Orpo(), 2 * w, 2 * l, 2 * m, 2 * n), value(Orpo(), w, l, m, n), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", [name if name in ("orpo", "dpo") else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in PAIRED])
 def test_finite_in_float32_from_certain_to_impossible(name):
     logp = -jnp.asarray(np.logspace(-8, np.log10(50), 40), jnp.float32)
     w, l = (a.ravel() for a in jnp.meshgrid(logp, logp))

@@ -132,7 +132,12 @@ def step(loss, params, batch, microbatches=1, carry=(), **options):
         state, batch)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "kto"])
+def slow_but(*quick):
+    """The names of losses, those that are not quick marked as slow tests: they share all that is not a formula."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", [name for name in slow_but("orpo", "dpo") if name != "kto"])
 def test_four_microbatches_equal_one(name):
     """Rows hold unequal numbers of pairs and of tokens, one of them none."""
     groups = draw_pairs(6, 10, longest=3)
@@ -156,7 +161,7 @@ def test_kto_is_refused_over_microbatches_unless_asked_for():
     assert np.isfinite(report["train/loss"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but("orpo", "kto"))
 def test_packing_and_padding_change_nothing(name):
     groups = draw_pairs(7, 8, mismatched=True, longest=3)
     objective, params, other = build_objective({name: 1.0}), table_params(), table_params(1)
@@ -167,7 +172,7 @@ def test_packing_and_padding_change_nothing(name):
             np.testing.assert_allclose(b, a, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but("orpo", "kto"))
 def test_a_batch_without_pairs_is_zero(name):
     batch = rows_of([[], []], T)
     value, grads, _ = loss_and_gradient(build_objective({name: 1.0}), table_params(), batch, table_params(1))
@@ -231,8 +236,8 @@ RWKV = dict(norm="layer", embed_norm=True, pattern=("rwkv7/channel_mix",), prefi
 ATTENTION = dict(pattern=("attention/mlp",), attention=dict(num_heads=2), mlp=dict(mlp_dim=32))
 
 
-@pytest.mark.parametrize("layers", [ATTENTION, pytest.param(RWKV, marks=pytest.mark.slow)],
-                         ids=["attention", "rwkv7"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [ATTENTION, RWKV], ids=["attention", "rwkv7"])
 def test_documents_of_a_row_do_not_see_each_other(layers):
     """The same pairs packed into one row and each in a row of its own: value and gradient agree."""
     model = build_model(dict(embed_dim=16, num_layers=2, dtype="float32", vocab_multiple=8, **layers), VOCAB)
