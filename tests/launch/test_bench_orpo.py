@@ -1,6 +1,7 @@
 """`lm bench orpo`: equal pairs on both sides, turns, and what stops it. No side is started."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ SECONDS = {"kept": 0.4, "remade": 0.5, "chunked": 0.2, "whole": 0.1}
 class FakeSide:
     """Answers as a side does; `loss` may be made to differ."""
 
-    losses: dict = {}
+    losses: ClassVar[dict] = {}
 
     def __init__(self, module, *arguments):
         self.kind = next(word for word in arguments if word in SECONDS)
