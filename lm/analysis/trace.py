@@ -42,6 +42,9 @@ def trace(model: nn.Module, params: Params, prompt: Sequence[int], subject: tupl
     start, stop = subject
     if not 0 <= start < stop <= len(prompt):
         raise ValueError(f"subject {subject} must be a part of the prompt, which has {len(prompt)} tokens")
+    if getattr(model, "depth", None) is not None:
+        raise ValueError("a trace restores the layers of a model one by one, and model.recurrent_depth runs its core's "
+                         "many times; trace a model without it")
     if not answer or draws < 1 or rows < 1 or not noise > 0:
         raise ValueError(f"trace needs an answer of at least one token, draws and rows of at least 1 and noise above 0;"
                          f" got {len(answer)}, {draws}, {rows} and {noise}")

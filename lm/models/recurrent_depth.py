@@ -28,6 +28,7 @@ from lm.models.depth_slices import Doing, advance, begin, idle
 
 PRELUDE, CORE, CODA, ITERATIONS, STATE = range(5)  # what the key is folded by
 ADAPTER_AXES = ("mlp", "embed")
+AT_ONCE = 2**25  # logits
 
 
 class DepthState(NamedTuple):
@@ -192,8 +193,16 @@ def check_recurrent(model: nn.Module, what: str) -> None:
 
 
 def divergence_of(head: Callable[[Array], tuple[Array, Head]]) -> Callable[[Array, Array], Array]:
-    """KL(before || now) of what hidden states [B, T, D] predict."""
-    return lambda before, now: kl(*(logits_of(*head(hidden)) for hidden in (before, now)))
+    """KL(before || now) of what hidden states [B, T, D] predict, [B, T]; logits exist for a part of the time only."""
+    def divergence(before, now):
+        one = lambda pair: kl(*(logits_of(*head(hidden)) for hidden in pair))
+        at_once = max(1, AT_ONCE // (before.shape[0] * head(before)[1].kernel.shape[0]))
+        if before.shape[1] <= at_once:
+            return one((before, now))
+        over_time = (before.swapaxes(0, 1), now.swapaxes(0, 1))
+        return jax.lax.map(one, over_time, batch_size=at_once).swapaxes(0, 1)
+
+    return divergence
 
 
 def folded(ctx: Context, by: Any) -> Context:

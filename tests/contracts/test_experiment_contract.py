@@ -51,11 +51,12 @@ def shrunken(path: pathlib.Path):
     """The experiment with a small width, every kind of block once, and two short steps."""
     config = load(path)
     model = config.model.to_dict()
-    small = [("model.embed_dim", 16), ("model.num_layers", len(model["prefix"]) + len(model["pattern"])),
+    blocks = (*model["prefix"], *model["pattern"], *(model.get("recurrent_depth") or {"coda": ()})["coda"])
+    small = [("model.embed_dim", 16), ("model.num_layers", len(blocks)),
              ("train.batch_size", 8 * config.train.microbatches)]
     if model["max_positions"] is not None:
         small.append(("model.max_positions", SMALL["max_positions"]))
-    for name in entry_names(tuple(model["prefix"]) + tuple(model["pattern"])):
+    for name in entry_names(blocks):
         small += [(f"model.{name}.{field}", SMALL[field]) for field, value in model[name].items()
                   if field in SMALL and value is not None]
     return load(path, [*small, *SHORT, *ON_EIGHT])

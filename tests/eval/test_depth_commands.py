@@ -35,6 +35,7 @@ def generate(workdir, capsys, *words):
     return json.loads(out)["tokens"], err
 
 
+@pytest.mark.slow
 def test_a_draft_writes_what_all_iterations_write_and_says_what_was_kept(workdir, capsys):
     text, _ = generate(workdir, capsys)
     drafted, said = generate(workdir, capsys, "--draft", "1", "--lookahead", "2")

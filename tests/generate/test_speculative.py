@@ -52,7 +52,7 @@ def test_acceptance_keeps_the_distribution_of_the_verification():
 def test_greedy_text_is_that_of_plain_decoding_for_every_draft():
     given, prompts = made(), [[1, 2, 3], [4]]
     want = [row.tokens.tolist() for row in write(given, prompts, max_new_tokens=13, options=GREEDY).rows]
-    for draft in (1, 2, 4):
+    for draft in (2, 4):
         out = write(given, prompts, Speculation(draft, 3), max_new_tokens=13, options=GREEDY, steps_per_sync=8)
         assert [row.tokens.tolist() for row in out.rows] == want
         assert 0 < out.timing.kept <= out.timing.drafted
@@ -71,6 +71,7 @@ def joint(given, prompt, length):
     return np.exp(np.take_along_axis(log[:, at], rows[..., None], -1)[..., 0].sum(1))
 
 
+@pytest.mark.slow
 def test_drawn_texts_are_distributed_as_all_iterations_say():
     """Three tokens, 4,000 texts; the same with the draft's distribution fails."""
     given, prompt, n = made(), [1, 2], 4000
@@ -93,6 +94,7 @@ def test_drawn_texts_are_distributed_as_all_iterations_say():
     assert 0 < out.timing.kept < out.timing.drafted
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_its_stop_token_inside_of_a_draft():
     given, prompts = made(), [[1, 2, 3], [4], [2, 2]]
     plain = write(given, prompts, max_new_tokens=12, options=GREEDY)

@@ -58,6 +58,7 @@ def test_one_token_at_a_time_equals_the_whole(pattern):
     np.testing.assert_allclose(state.stack.latent, whole.state.stack.latent, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_as_many_shared_states_as_iterations_are_no_sharing():
     alone = in_pieces(made(), made()[1], ONE_BY_ONE)[0]
     for cache, same in ((4, True), (9, True), (2, False)):
@@ -133,8 +134,8 @@ def rows_of(given, tokens=24, **kwargs):
     return [row.tokens.tolist() for row in made_.rows]
 
 
-@pytest.mark.parametrize("options", [pytest.param(GREEDY, marks=pytest.mark.slow), SamplingOptions(temperature=1.0)],
-                         ids=["greedy", "drawn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=1.0)], ids=["greedy", "drawn"])
 def test_rows_at_their_own_pace_write_what_they_write_in_step(options):
     depth = dict(exit_kl=1e-3, recurrences=8, cache=1)
     assert rows_of(made(sliced=True, **depth), options=options, continuous=True) == rows_of(

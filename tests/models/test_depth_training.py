@@ -35,8 +35,8 @@ def loss(apply, key):
 KEY = jax.random.key(5)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(remat="full"), pytest.param(dict(scan=False, remat="dots"), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [dict(remat="full"), dict(scan=False, remat="dots")], ids=str)
 def test_execution_forms_agree_in_values_and_gradients(changes):
     _, params, apply = made()
     (a, ga), (b, gb) = (jax.jit(jax.value_and_grad(loss(f, KEY)))(params) for f in (apply, made(**changes)[2]))

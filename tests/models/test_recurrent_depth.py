@@ -80,12 +80,13 @@ MODEL, PARAMS = model_and_params()
 APPLY = jax.jit(make_apply(MODEL))
 
 
-@pytest.mark.parametrize("r", [1, 3, 7])
+@pytest.mark.parametrize("r", [3, *(pytest.param(r, marks=pytest.mark.slow) for r in (1, 7))])
 def test_logits_are_those_of_the_formula(r):
     want, _ = written_out(PARAMS, TOKENS, first_state(), r)
     np.testing.assert_allclose(logits(APPLY(with_recurrences(PARAMS, r), TOKENS)), want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_number_of_iterations():
     apply = jax.jit(make_apply(MODEL))
     found = [apply(with_recurrences(PARAMS, r), TOKENS).hidden for r in (1, 2, 9)]
@@ -105,6 +106,7 @@ def training_gradient(params, key):
     return jax.grad(lambda p: score(logits(make_apply(MODEL)(p, TOKENS, key=key))))(params), out.aux["tally"]["depth"]
 
 
+@pytest.mark.slow
 def test_gradient_goes_back_through_the_last_iterations_alone_in_one_program():
     """Numbers of iterations below and above the three that have a gradient."""
     seen = {}
@@ -134,6 +136,7 @@ def test_gradient_goes_back_through_the_last_iterations_alone_in_one_program():
     assert training_gradient._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_states_of_the_core_have_unit_size_under_unit_scales():
     """After the last norm of a sandwich, whatever the iteration."""
     model = build_model({**BASE, "recurrent_depth": DEPTH}, VOCAB)
@@ -149,6 +152,7 @@ def kl(p, q):
     return (np.exp(p) * (p - q)).sum(-1)
 
 
+@pytest.mark.slow
 def test_a_token_stops_where_its_prediction_stops_to_move():
     """A row of one token, of which nothing but its own states decides. The first comparison is with the uniform
     distribution."""
