@@ -106,7 +106,18 @@ def from_json(text: str) -> dict[str, Any]:
         raise ValueError(f"{CONFIG_FILE} is no JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{CONFIG_FILE} must hold an object with one entry a group; it holds a {type(tree).__name__}")
-    return plain(tree, "config")
+    return numbered(plain(tree, "config"))
+
+
+def numbered(tree: dict[str, Any]) -> dict[str, Any]:
+    """The config with the numbering of PEER's experts that it was written under. A resolved entry, which has its kind,
+    says it since there are two; before that it was the grid, and read as shells its rows would be of other keys."""
+    model = tree.get("model")
+    entries = model.values() if isinstance(model, Mapping) else ()
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("kind") == "peer":
+            entry.setdefault("numbering", "grid")
+    return tree
 
 
 def diff(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

@@ -116,3 +116,11 @@ def test_a_missing_file_is_reported_with_the_nearest(experiment, tmp_path):
 
 def test_a_config_dict_is_written_as_its_data():
     assert to_json(ConfigDict({"a": {"b": (1, 2)}})) == to_json({"a": {"b": (1, 2)}})
+
+
+def test_a_resolved_config_from_before_shells_keeps_its_grid_of_experts():
+    old, new = {"kind": "peer", "num_experts": 9}, {"kind": "peer", "numbering": "shell"}
+    read_back = from_json(json.dumps({"model": {"peer": old, "other": new, "mlp": {"kind": "mlp"}, "embed_dim": 8}}))
+    assert read_back["model"] == {"peer": {**old, "numbering": "grid"}, "other": new, "mlp": {"kind": "mlp"},
+                                  "embed_dim": 8}
+    assert from_json('{"model": {"peer": {"num_experts": 9}}}') == {"model": {"peer": {"num_experts": 9}}}
