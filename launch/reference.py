@@ -43,8 +43,9 @@ A weighted sum: the name of a loss to its weight, or to a dict of `weight` and i
 `next_token` with weight 1. `chunk: int | None` is the number of positions whose logits exist at a time; None chooses
 by memory. `goldfish` is no loss: its fields, below, say which targets no loss sees ([goldfish.md](goldfish.md)); None,
 the default, hides none. `load_balance` and `router_z` are reported by layers with a router (moe), see
-[experts.md](experts.md). One of the preference losses makes the objective one of pairs ([preferences.md](preferences.md));
-beside it `reference: str | None` says where the log-probabilities of the reference model come from.
+[experts.md](experts.md). One of the preference losses makes the objective one of pairs
+([preferences.md](preferences.md)); beside it `reference: str | None` says where the log-probabilities of the reference
+model come from.
 """
 
 ENTRIES = """\

@@ -19,6 +19,7 @@ SMALL = {"facts": (dict(num_keys=5, num_classes=3), 9),
          "passkey": (dict(blocks=(1, 2, 3), block=4, num_keys=5, num_filler=3), 14),
          "recital": (dict(num_documents=3, length=6, num_symbols=9, successors=3), 14),
          "selective_copy": (dict(num_tokens=3, num_symbols=4), 15),
+         "style_pairs": (dict(num_contents=2, num_symbols=9, stop=0.2), 17),
          "word_problem": (dict(group="S3", length=5), 13)}
 tasks = pytest.mark.parametrize("name", SMALL)
 
