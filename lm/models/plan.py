@@ -44,7 +44,7 @@ def rows(model: DecoderLM, seq_len: int) -> list[Row]:
             found[name] = Row(name, before.count + repeats, before.total + total, before.active + active,
                               getattr(layer, "granularity", 1), flops)
     head = model.padded_vocab * D
-    tables = sum(sizes.pop(name, 0) for name in ("embed", "head", "position"))
+    tables = sum(sizes.pop(name, 0) for name in ("embed", "head", "memory", "position"))
     if "adapter" in sizes:
         size, loops = sizes.pop("adapter"), max(loops for *_, loops in model.blocks())
         found["adapter"] = Row(f"adapter, x {loops:.4g}", 1, size, size, 1, 2.0 * loops * size)

@@ -17,6 +17,7 @@ from lm.core.recurrences import DEPTH, FINISHED, NOT_PARALLEL, STEPS
 from lm.core.sharding import constrain
 from lm.core.types import Array, Aux, Context, Head, Mean, State
 from lm.layers.block import Block
+from lm.layers.fam_block import ONWARD
 from lm.layers.linear import Dense
 from lm.layers.stack import REMAT, Stack, StackState, merge
 from lm.models.decoder import DecoderLM, DecoderState
@@ -122,7 +123,8 @@ class RecurrentDepthLM(DecoderLM):
         if self.is_initializing():  # the parameters are made outside of any loop
             z = Dense(self.embed_dim, ADAPTER_AXES, name="adapter")(jnp.concatenate([s, e], axis=-1))
             return self.stack(z, StackState((), jax.tree.map(lambda a: a[0], state.core)), ctx)[0], state.core, {}
-        core, variables = self._core(ctx), self._variables()
+        # What flows up from layer to layer is learned: loops without a gradient must stop that of it too.
+        core, variables = self._core(ctx), (*self._variables(), {k: v for k, v in ctx.shared.items() if k == ONWARD})
         if ctx.key is not None:
             r = draw_iterations(jax.random.fold_in(ctx.key, ITERATIONS), self.depth.mean, self.depth.sigma)
             found = train_loop(core, variables, s, e, state.core, constrain(r), self.depth.backprop)
@@ -168,7 +170,10 @@ class RecurrentDepthLM(DecoderLM):
 
         def core(variables, s, e, state, i):
             z = adapter.apply(variables[0], jnp.concatenate([s, e], axis=-1))
-            z, after, aux = stack.apply(variables[1], z, StackState((), state), folded(folded(ctx, CORE), i))
+            inner = folded(folded(ctx, CORE), i)
+            for flowing in variables[2:]:
+                inner = inner._replace(shared={**inner.shared, **flowing})
+            z, after, aux = stack.apply(variables[1], z, StackState((), state), inner)
             return z, after.pattern, aux
 
         if REMAT[self.stack.remat] is not None:

@@ -69,8 +69,9 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
 
         tally = metrics.get("tally", {})
-        # Under adapters the model itself stays as it is, and so do its statistics.
-        learns = bool(tally) and any(jax.tree.leaves(optimizer.trainable_mask["params"]))
+        # Under adapters the model itself stays as it is, and so do its statistics. A memory's start is no part of it.
+        own = named_leaves({"params": optimizer.trainable_mask["params"]})
+        learns = bool(tally) and any(on for name, on in own.items() if not name.startswith("memory/"))
         stats, counted = settle(state.params.get(STATS, {}), tally) if tally else ({}, {})
         metrics = {name: mean for name, mean in metrics.items() if name != "tally"}
         before, opt_before = state.params, state.opt_state

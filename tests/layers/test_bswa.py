@@ -128,7 +128,7 @@ def test_gradients_reach_as_far_as_layers_times_memory_and_no_further():
     assert (size[-1 - layers * memory:] > 0).all() and (size[:-1 - layers * memory] == 0).all()
 
 
-@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("stop", [True, pytest.param(False, marks=SLOW)])
 def test_stop_gradient_lets_none_into_earlier_blocks(stop):
     x, layer = inputs()[1], BSWA(num_heads=H, block=4, memory=2, stop_gradient=stop)
     plain = BSWA(num_heads=H, block=4, memory=2)
@@ -139,13 +139,14 @@ def test_stop_gradient_lets_none_into_earlier_blocks(stop):
     assert (size[4:12] == 0).all() if stop else (size[4:12] > 0).all()
 
 
+@SLOW
 def test_an_offset_of_all_positions_changes_nothing():
     x, layer, ctx = inputs()[1], BSWA(num_heads=H, block=4, memory=1), context(B, T)
     moved = ctx._replace(positions=ctx.positions + 1000)
     np.testing.assert_allclose(run(layer, x, moved), run(layer, x, ctx), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cut", ["document", "row"])
+@pytest.mark.parametrize("cut", ["document", pytest.param("row", marks=SLOW)])
 @pytest.mark.parametrize("pieces", [(9, 1, 14), *(pytest.param(p, marks=SLOW) for p in (
     (24,), (4, 4, 4, 4, 4, 4), (3, 10, 11)))])
 def test_the_state_is_constant_and_pieces_equal_the_whole(cut, pieces):
