@@ -49,6 +49,7 @@ def test_acceptance_keeps_the_distribution_of_the_verification():
     assert (kept >= 1).mean() == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_plain_decoding_for_every_draft():
     given, prompts = made(), [[1, 2, 3], [4]]
     want = [row.tokens.tolist() for row in write(given, prompts, max_new_tokens=13, options=GREEDY).rows]
@@ -105,7 +106,8 @@ def test_a_row_ends_at_its_stop_token_inside_of_a_draft():
     assert [(row.tokens.tolist(), row.finish_reason) for row in out.rows] == want
 
 
-@pytest.mark.parametrize("depth", [dict(warm_start=True), dict(exit_kl=1e-3), dict(cache=2)], ids=str)
+@pytest.mark.parametrize("depth", [dict(cache=2), *(pytest.param(d, marks=pytest.mark.slow) for d in (
+    dict(warm_start=True), dict(exit_kl=1e-3)))], ids=str)
 def test_models_that_predict_otherwise_one_at_a_time_are_refused(depth):
     with pytest.raises(ValueError, match="speculation verifies several tokens at once"):
         write(made(**depth), [[1]], Speculation(1), max_new_tokens=4)
