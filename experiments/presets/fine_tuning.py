@@ -3,7 +3,7 @@
 Claim: adapters learn the answers of a chat set, and their checkpoints hold nothing of the model beneath.
 Command: lm train --config experiments/presets/fine_tuning.py:lora --init-from runs/smollm2 --workdir runs/chats
 Hardware: one GPU or TPU core. docs/fine-tuning.md makes runs/smollm2 and data/chats from the files that users have.
-Expected: not measured at this size; docs/fine-tuning.md has the first steps on two CPU cores.
+Expected: eval/validation/loss, which counts answers alone, falls; not measured at this size.
 """
 
 from ml_collections import ConfigDict
