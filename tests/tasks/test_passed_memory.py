@@ -48,14 +48,14 @@ def test_the_first_step_begins_from_nothing_and_the_next_after_its_first_row():
     assert all(memory.dtype == jnp.float32 and memory.shape == (2, SLOTS, 16) for memory, _ in carry)
     loss, carry, metrics = step(made, carry, batch(0))
     assert loss == pytest.approx(step(plain, (), batch(0))[0], rel=1e-6) and float(metrics["passed"].value) == 0
-    first = make_apply(model)(params, batch(0).tokens).state.stack.pattern[0]
+    first = jax.jit(make_apply(model))(params, batch(0).tokens).state.stack.pattern[0]
     np.testing.assert_allclose(carry[0][0], first.memory[:, 0], rtol=1e-5, atol=1e-6)
 
     second, after, metrics = step(made, carry, batch(1))
     assert float(metrics["passed"].value) == 1 and abs(second - step(plain, (), batch(1))[0]) > 1e-5
     # The rows of the second step are those of texts that go on after the first row of the first, without its tokens.
     joined = np.concatenate([np.broadcast_to(batch(0).tokens[:1], (B, T)), batch(1).tokens], axis=1)
-    whole = make_apply(model)(params, joined).state.stack.pattern[0]
+    whole = jax.jit(make_apply(model))(params, joined).state.stack.pattern[0]
     np.testing.assert_allclose(after[0][0], whole.memory[:, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -84,7 +84,8 @@ def test_a_memory_from_another_text_stands_just_before_the_first_token_wherever_
     begun = state._replace(stack=state.stack._replace(pattern=(state.stack.pattern[0].begun(*carry[0]),)))
     positions = jnp.asarray(batch(1).positions)
     reset = positions == 0
-    one, two = (make_apply(model)(params, batch(1).tokens, begun, reset=reset, positions=positions + offset).hidden
+    apply = jax.jit(make_apply(model))
+    one, two = (apply(params, batch(1).tokens, begun, reset=reset, positions=positions + offset).hidden
                 for offset in (0, 100))
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3)
 
