@@ -60,7 +60,8 @@ def draw() -> str:
                                (3, 4, "a scan of k iterations with gradient")):
         out.append(line((at(first), low), (at(last) + BOX, low), head=False))
         out.append(text((at(first) + at(last) + BOX) / 2, low + 18, words))
-    out.append(text(WIDTH / 2, low + 48, "r is drawn at each step of training, and at will, or by token, afterwards", 13))
+    words = "r is drawn at each step of training, and at will, or by token, afterwards"
+    out.append(text(WIDTH / 2, low + 48, words, 13))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
