@@ -10,13 +10,16 @@ the rows of the second's own, its columns carry exp(M) of the second.
 A document's start is a decay of 0 and, inside of an eighth, a mask.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.wkv6.pairs import EIGHTHS, apart_packed, dot, last_rows, packed, place, registers, sums_from_start
+from pallas_kernels.wkv6.pairs import EIGHTHS, REGISTER, apart_packed, dot, packed, place, registers
 
 Array = jax.Array
 LOG2_E = 1.4426950408889634
@@ -31,49 +34,87 @@ class Rows(NamedTuple):
     present: bool
 
 
+# Where factors are: in which series of nine registers, and after how many of them. With the decay of its own position a
+# factor is that of the next position without.
+_SERIES = dict(own_row=(0, 0), own_row_present=(0, 1), own_present_column=(1, 0), own_column=(1, 1), before=(2, 0),
+               before_present=(2, 1), after=(3, 1))
+
+
+_FIRST = (0, 9, 18, 26)       # registers before each; the last series has none for j = 0
+
+
 class Factors:
-    """Factors of the positions of a chunk, kept in VMEM: what is named below, a register an eighth."""
+    """Factors of the positions of a chunk, kept in VMEM in the order of `across_eighths`: those that are named."""
+    shape = (35 * 8, 128)
+
+    def __init__(self, names: tuple[str, ...], ref):
+        self.ref = ref
+        self.needed = {(series, after + j) for series, after in map(_SERIES.get, names) for j in EIGHTHS}
+
+    def of(self, name: str) -> list[Array]:
+        return [self.at(name, q) for q in EIGHTHS]
+
+    def at(self, name: str, q: int) -> Array:
+        """Those of an eighth."""
+        series, after = _SERIES[name]
+        return self.ref[pl.ds(8 * (_FIRST[series] + after) + q, 8, stride=8)]
+
+    def fill(self, j: int, *series: Array) -> None:
+        """The j-th registers of all series: what is needed of them."""
+        for i, x in enumerate(series):
+            if (i, j) in self.needed:
+                self.ref[8 * (_FIRST[i] + j):8 * (_FIRST[i] + j) + 8] = x
+
+
+class Totals:
+    """Decays over whole eighths and more of them, kept in VMEM: an eighth a row, and what all its positions have.
+
+    0..7: over each eighth, 8..11: two, 12 and 13: four; and 14..17: exp(M) of the odd eighths.
+    """
+    shape = (4, 8, 128)
 
     def __init__(self, ref):
         self.ref = ref
 
-    names = ("own_column", "own_row", "own_row_present", "before", "before_present", "after", "own_present_column")
+    def fill(self, over: Array, middle: Array) -> None:
+        two = over * pltpu.roll(over, 7, 0)
+        for i, x in enumerate((over, two, two * pltpu.roll(two, 6, 0), middle)):
+            self.ref[i] = x
 
-    def of(self, name: str) -> list[Array]:
-        start = self.names.index(name)
-        return [self.ref[start, 8 * q:8 * q + 8] for q in EIGHTHS]
-
-    def put(self, needed: tuple[str, ...], q: int, **logarithms: Array) -> None:
-        """2 to these powers, of those that are needed, for an eighth."""
-        for name in filter(needed.__contains__, logarithms):
-            self.ref[self.names.index(name), 8 * q:8 * q + 8] = jnp.exp2(logarithms[name])
-
-
-def fill_factors(w: Array, start: Array | None, factors: Factors, needed: tuple[str, ...], totals) -> None:
-    """From log-decays w [64, 128] and 1 where documents start.
-
-    totals gets decays over 0..7: each eighth, 8..11: two, 12 and 13: four; and 14..17: exp(M) of the odd eighths.
-    """
-    w = w * LOG2_E
-    own, hard = jnp.maximum(w, WEAKEST), jnp.maximum(w, NOTHING)
-    if start is not None:
-        hard = jnp.where(start > 0, NOTHING, hard)
-    sums = sums_from_start(own)
-    middle = [0.5 * x for x in last_rows(sums)]
-    for q, (at, one, half) in enumerate(zip(registers(sums), registers(own), middle, strict=True)):
-        at = at - half
-        factors.put(needed, q, own_column=-at, own_row=at - one, own_row_present=at, own_present_column=one - at)
-    sums = sums_from_start(hard)
-    ends = last_rows(sums)
-    for q, (at, one, end) in enumerate(zip(registers(sums), registers(hard), ends, strict=True)):
-        factors.put(needed, q, before=at - one, before_present=at, after=end - at)
-    one = [jnp.exp2(x) for x in ends]
-    two = [one[i] * one[i + 1] for i in EVEN]
-    for i, x in enumerate([*one, *two, two[0] * two[1], two[2] * two[3], *(jnp.exp2(middle[q]) for q in ODD)]):
-        totals[i] = x
+    def __getitem__(self, i: int) -> Array:
+        kind, q = next((kind, (i - first) * step + odd) for kind, first, step, odd in
+                       ((3, 14, 2, 1), (2, 12, 4, 0), (1, 8, 2, 0), (0, 0, 1, 0)) if i >= first)
+        return jnp.broadcast_to(self.ref[kind, q:q + 1], REGISTER)
 
 
-def scale_rows(x: list[Array], past: list[Array], present: bool, factors: Factors, totals, put: Callable) -> Array:
+def fill_factors(w: Array, starts: list[Array] | None, factors: Factors, totals: Totals, turned, later) -> None:
+    """From log-decays w [64, 128] and 1 where documents start, in the order of `across_eighths`; turned: [64, 128] of
+    VMEM for the former, and later the same to load from (`PerPair.later`). So sums over an eighth are of registers."""
+    turned[...] = w * LOG2_E
+    w = [later[here] for here in across_eighths(0)]
+    own = _sums([jnp.maximum(x, WEAKEST) for x in w])
+    w = [jnp.maximum(x, NOTHING) for x in w]
+    if starts is not None:
+        w = [jnp.where(start > 0, NOTHING, x) for start, x in zip(starts, w, strict=True)]
+    hard = _sums(w)
+    half = 0.5 * own[8]
+    for j, (x, y) in enumerate(zip(own, hard, strict=True)):
+        factors.fill(j, jnp.exp2(x - half), jnp.exp2(half - x), jnp.exp2(y), jnp.exp2(hard[8] - y))
+    totals.fill(jnp.exp2(hard[8]), jnp.exp2(half))
+
+
+def across_eighths(start) -> list:
+    """Rows of a chunk that begins at `start`: the j-th positions of all eighths, for each j."""
+    return [pl.ds(start + j, 8, stride=8) for j in EIGHTHS]
+
+
+def _sums(x: list[Array]) -> list[Array]:
+    """0 and the running sums."""
+    return list(itertools.accumulate(x, initial=jnp.zeros_like(x[0])))
+
+
+def scale_rows(x: list[Array], past: list[Array], present: bool, factors: Factors, totals: Totals,
+               put: Callable) -> Array:
     """put(product, [32, 128]) for the four products; returns rows [64, 128] for the state before the chunk.
 
     past: x where it meets what is before its eighth or the one before.
@@ -90,7 +131,7 @@ def scale_rows(x: list[Array], past: list[Array], present: bool, factors: Factor
                    *(half[q] * totals[12] for q in UPPER_32)])
 
 
-def scale_columns(x: list[Array], factors: Factors, totals, put: Callable) -> Array:
+def scale_columns(x: list[Array], factors: Factors, totals: Totals, put: Callable) -> Array:
     """put(product, [64, 128]) for the four products; returns columns [64, 128] for the state after the chunk."""
     own = [a * b for a, b in zip(x, factors.of("own_column"), strict=True)]
     after = [a * b for a, b in zip(x, factors.of("after"), strict=True)]

@@ -53,15 +53,16 @@ def apart_packed(x: Array) -> Array:
     return jnp.concatenate([pltpu.bitcast(bits & mask, jnp.bfloat16) for mask in (left, ~left)])
 
 
-def sums_from_start(x: Array) -> Array:
-    """Running sums over each eight rows of x [8 n, 128], each with its own row."""
+def joined_packed(x: Array) -> Array:
+    """The inverse of `apart_packed`."""
+    bits = pltpu.bitcast(x, jnp.int32)
+    return pltpu.bitcast(bits[:bits.shape[0] // 2] | bits[bits.shape[0] // 2:], jnp.bfloat16)
+
+
+def sums_to_end(x: Array) -> Array:
+    """Running sums over each eight rows of x [8 n, 128], from each row to the last."""
     x = x.reshape(-1, *REGISTER)
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     for shift in (1, 2, 4):
-        x = x + jnp.where(row >= shift, pltpu.roll(x, shift, 1), 0)
+        x = x + jnp.where(row < 8 - shift, pltpu.roll(x, 8 - shift, 1), 0)
     return x.reshape(-1, REGISTER[1])
-
-
-def last_rows(x: Array) -> list[Array]:
-    """The last of each eight rows of x [8 n, 128], in all of a register."""
-    return [jnp.broadcast_to(x[start + 7:start + 8], REGISTER) for start in range(0, x.shape[0], 8)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.batching import merged_into_batch
-from pallas_kernels.wkv6 import chunk_loop, pair_forward, pair_loop
+from pallas_kernels.wkv6 import chunk_loop, pair_backward, pair_forward, pair_loop, pair_sweep
 from pallas_kernels.wkv6.config import TPU
 from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
@@ -71,8 +71,12 @@ def _run(save: bool):
 @merged_into_batch
 def _pull(r, w, k, v, u, starts, reset, dy, dlast):
     lanes, arrays, constants = _packed(r, w, k, v, u)
-    dx, dfixed, dstate = chunk_loop.backward("wkv6_backward", chunk, lanes, TPU.fitted(r.shape[1]), arrays, constants,
-                                             starts, reset, lanes.pack(dy, lanes.value), lanes.pack_state(dlast))
+    given = arrays, constants, starts, reset, lanes.pack(dy, lanes.value), lanes.pack_state(dlast)
+    if pair_loop.serves(lanes, pair_sweep.TILES, v.dtype):
+        dx, dfixed, dstate = pair_sweep.backward("wkv6_backward", pair_backward.passes, pair_backward.MEMORY, lanes,
+                                                 pair_sweep.TILES, *given)
+    else:
+        dx, dfixed, dstate = chunk_loop.backward("wkv6_backward", chunk, lanes, TPU.fitted(r.shape[1]), *given)
     narrow = {name: lanes.unpack(x, v.shape[-1] if name == "v" else r.shape[-1]) for name, x in dx.items()}
     return *(narrow[name] for name in "rwkv"), lanes.unpack(dfixed["u"], r.shape[-1])[:, 0], lanes.unpack_state(dstate)
 

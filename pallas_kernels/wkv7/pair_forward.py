@@ -8,12 +8,11 @@ import functools
 
 import jax.numpy as jnp
 
-from pallas_kernels.wkv6.pair_loop import BF16, F32, Block, Kept
+from pallas_kernels.wkv6.pair_decays import DECAYS, decays, kept_decays
+from pallas_kernels.wkv6.pair_loop import BF16, F32, Block, Kept, Reading
 from pallas_kernels.wkv6.pair_scores import (
     PRODUCTS,
-    Factors,
     Rows,
-    fill_factors,
     pairs_inside,
     scale_columns,
     scale_rows,
@@ -34,43 +33,47 @@ from pallas_kernels.wkv7.pair_inverse import invert, own_eighths, pieces
 KINDS = (Rows("a", False), Rows("r", True))
 FACTORS = ("own_row", "own_row_present", "own_column", "before", "before_present", "after")
 SQUARE = Kept((128, 128), BF16)
-MEMORY = dict(
-    factors=Kept((len(Factors.names), 64, 128), F32, on=False), totals=Kept((18, 8, 128), F32, on=False),
-    decay=Kept((8, 128), F32), rows=Kept((len(PRODUCTS), 64, 128), BF16), columns=Kept((len(PRODUCTS), 128, 128), BF16),
+ONCE = SQUARE._replace(on=False)
+OF_CHUNKS = DECAYS | dict(
+    rows=Kept((len(PRODUCTS), 64, 128), BF16), columns=Kept((len(PRODUCTS), 128, 128), BF16),
     before=SQUARE, after=SQUARE, of_a=SQUARE, of_r=SQUARE, eighths=Kept((8, 128), F32), odd=Kept((64, 128), BF16),
-    from_v=Kept((64, 128), F32), read=Kept((64, 128), F32, on=False), inverse=SQUARE, turned=SQUARE,
-    wanted=SQUARE._replace(on=False), added=SQUARE._replace(on=False))
+    inverse=SQUARE, half_way=SQUARE)
+MEMORY = OF_CHUNKS | dict(
+    from_v=Kept((64, 128), F32, on=False), read=Kept((64, 128), F32, on=False), wanted=ONCE, added=ONCE)
 
 
 def passes(block: Block) -> list:
-    """Factors with scaled rows and columns, a pair of heads after the other; scores; inverses; what is removed, y and
-    the state."""
-    return [*((functools.partial(_scale, block, pair), 1) for pair in block.pairs),
-            *((functools.partial(run, block), at_once) for run, at_once in ((_score, 1), (_invert, 2), (_step, 1)))]
+    """What a chunk is by itself; what is removed, y and the state."""
+    return [(functools.partial(run, block), at_once) for run, at_once in (*of_chunks(), (_step, 1))]
 
 
-def _scale(block, pair, chunk):
-    memory = block.memory
-
-    def put(name, half, size, product, x):
-        memory[name][chunk, pair, product, slice(half * size, (half + 1) * size)] = x
-
-    factors, totals = Factors(memory["factors"].at(chunk, pair)), memory["totals"].at(chunk, pair)
-    start, _ = block.start(chunk)
-    fill_factors(block.read("w", chunk, pair), start, factors, FACTORS, totals)
-    memory["decay"][chunk, pair] = totals[12] * totals[13]
-    for half, (name, present) in enumerate(KINDS):
-        x = block.read(name, chunk, pair).astype(F32)
-        x = registers(x if start is None or present else jnp.where(start > 0, 0, x))
-        put_row = functools.partial(put, "rows", half, 32)
-        memory["before"][chunk, pair, _half(half)] = scale_rows(x, x, present, factors, totals, put_row)
-    for half, name in enumerate("bk"):
-        x = registers(block.read(name, chunk, pair).astype(F32))
-        put_column = functools.partial(put, "columns", half, 64)
-        memory["after"][chunk, pair, _half(half)] = scale_columns(x, factors, totals, put_column)
+def of_chunks() -> tuple:
+    """(pass, chunks at once) for what needs no state: decays, scaled rows and columns, scores, inverses."""
+    return (functools.partial(decays, FACTORS), 1), (_scale, 1), (_score, 1), (_invert, 2)
 
 
-def _score(block, chunk):
+def _scale(block: Reading, chunk) -> None:
+    """Scaled rows and columns, and those for the state, of all pairs of heads."""
+    memory, (start, _) = block.memory, block.start(chunk)
+    for pair in block.pairs:
+        factors, totals = kept_decays(FACTORS, block, chunk, pair)
+
+        def put(name, n, size, product, x, pair=pair):
+            memory[name][chunk, pair, product, slice(n * size, (n + 1) * size)] = x
+
+        for n, (name, present) in enumerate(KINDS):
+            x = block.read(name, chunk, pair).astype(F32)
+            x = registers(x if start is None or present else jnp.where(start > 0, 0, x))
+            put_row = functools.partial(put, "rows", n, 32)
+            memory["before"][chunk, pair, half(n)] = scale_rows(x, x, present, factors, totals, put_row)
+        for n, name in enumerate("bk"):
+            x = registers(block.read(name, chunk, pair).astype(F32))
+            put_column = functools.partial(put, "columns", n, 64)
+            memory["after"][chunk, pair, half(n)] = scale_columns(x, factors, totals, put_column)
+
+
+def _score(block: Reading, chunk) -> None:
+    """Scores of a and r with b and k, and of a's what the inverse begins with, of all pairs of heads."""
     memory, (_, documents) = block.memory, block.start(chunk)
     own = {kind.name: pairs_inside(kind.present, 2, documents) for kind in KINDS}
     for pair in block.pairs:
@@ -80,14 +83,12 @@ def _score(block, chunk):
         a = [out["a", head, q] for head in (0, 1) for q in EIGHTHS]
         memory["eighths"][chunk, pair] = own_eighths(a)
         memory["odd"][chunk, pair] = pieces(a)
-        v = block.read("v", chunk, pair)
-        memory["from_v"][chunk, pair] = together(dot("nn", memory["of_a"][chunk, pair],
-                                                     jnp.concatenate([jnp.zeros_like(v), v])))
 
 
-def _invert(block, chunk):
+def _invert(block: Reading, chunk) -> None:
+    """Of two chunks of all pairs of heads."""
     memory = block.memory
-    invert([tuple(memory[name].at(chunk + i, pair) for name in ("eighths", "odd", "of_a", "inverse", "turned"))
+    invert([tuple(memory[name].at(chunk + i, pair) for name in ("eighths", "odd", "of_a", "inverse", "half_way"))
             for i in (0, 1) for pair in block.pairs])
 
 
@@ -95,13 +96,17 @@ def _step(block, chunk):
     """Each product for all pairs before the next: those of one pair wait for each other."""
     memory, pairs = block.memory, block.pairs
     for pair in pairs:
+        v = block.read("v", chunk, pair)
+        memory["from_v"][chunk, pair] = together(dot("nn", memory["of_a"][chunk, pair],
+                                                     jnp.concatenate([jnp.zeros_like(v), v])))
+    for pair in pairs:
         read = dot("nt", memory["before"][chunk, pair], block.state(chunk, pair))
         memory["read"][chunk, pair] = read[64:]
         memory["wanted"][chunk, pair] = apart(read[:64] + memory["from_v"][chunk, pair]).astype(BF16)
     for pair in pairs:
         removed = dot("nn", memory["inverse"][chunk, pair], memory["wanted"][chunk, pair])
-        memory["added"][chunk, pair, _half(0)] = (removed[:64] + removed[64:]).astype(BF16)
-        memory["added"][chunk, pair, _half(1)] = block.read("v", chunk, pair)
+        memory["added"][chunk, pair, half(0)] = (removed[:64] + removed[64:]).astype(BF16)
+        memory["added"][chunk, pair, half(1)] = block.read("v", chunk, pair)
     for pair in pairs:
         block.move(pair, memory["decay"][chunk, pair],
                    dot("tn", memory["added"][chunk, pair], memory["after"][chunk, pair]))
@@ -110,5 +115,6 @@ def _step(block, chunk):
         block.write(chunk, pair, memory["read"][chunk, pair] + together(inside))
 
 
-def _half(half: int) -> slice:
-    return slice(64 * half, 64 * half + 64)
+def half(n: int) -> slice:
+    """The first or the second 64 rows of two kinds below each other."""
+    return slice(64 * n, 64 * n + 64)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batching import merged_into_batch
-from pallas_kernels.wkv6 import chunk_loop, pair_loop
+from pallas_kernels.wkv6 import chunk_loop, pair_loop, pair_sweep
 from pallas_kernels.wkv6.halving import levels, places, split_at
 from pallas_kernels.wkv6.lanes import LANES, Lanes
 from pallas_kernels.wkv6.pallas_tpu import unsupported as unsupported
@@ -21,7 +21,7 @@ from pallas_kernels.wkv6.vmem_ops import (
     swap_blocks,
     together,
 )
-from pallas_kernels.wkv7 import pair_forward
+from pallas_kernels.wkv7 import pair_backward, pair_forward
 from pallas_kernels.wkv7.config import TPU
 from pallas_kernels.wkv7.solve import inverse
 
@@ -55,11 +55,12 @@ def _run(save: bool):
         *arrays, state, reset = inputs
         lanes, packed = _packed(*arrays)
         tiles = TPU.fitted(lanes.length)
-        given = lanes, tiles, packed, {}, lanes.pack_state(state), reset, save
-        if pair_loop.serves(lanes, tiles, packed["v"].dtype):
-            y, last, starts = pair_loop.forward("wkv7_forward", pair_forward.passes, pair_forward.MEMORY, *given)
+        given = packed, {}, lanes.pack_state(state), reset, save
+        if pair_loop.serves(lanes, pair_sweep.TILES, packed["v"].dtype):
+            y, last, starts = pair_loop.forward("wkv7_forward", pair_forward.passes, pair_forward.MEMORY, lanes,
+                                                pair_sweep.TILES, *given)
         else:
-            y, last, starts = chunk_loop.forward("wkv7_forward", chunk, *given)
+            y, last, starts = chunk_loop.forward("wkv7_forward", chunk, lanes, tiles, *given)
         return lanes.unpack(y, lanes.values), lanes.unpack_state(last), starts
 
     return run
@@ -69,8 +70,12 @@ def _run(save: bool):
 def _pull(*inputs):
     *arrays, starts, reset, dy, dlast = inputs
     lanes, packed = _packed(*arrays)
-    dx, _, dstate = chunk_loop.backward("wkv7_backward", chunk, lanes, TPU.fitted(lanes.length), packed, {}, starts,
-                                        reset, lanes.pack(dy, lanes.value), lanes.pack_state(dlast))
+    given = packed, {}, starts, reset, lanes.pack(dy, lanes.value), lanes.pack_state(dlast)
+    if pair_loop.serves(lanes, pair_sweep.TILES, packed["v"].dtype):
+        dx, _, dstate = pair_sweep.backward("wkv7_backward", pair_backward.passes, pair_backward.MEMORY, lanes,
+                                            pair_sweep.TILES, *given)
+    else:
+        dx, _, dstate = chunk_loop.backward("wkv7_backward", chunk, lanes, TPU.fitted(lanes.length), *given)
     width = lambda name: lanes.values if name == "v" else lanes.keys
     return *(lanes.unpack(dx[name], width(name)) for name in NAMES), lanes.unpack_state(dstate)
 
