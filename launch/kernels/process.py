@@ -1,12 +1,10 @@
 """Start the compiler of `pallas_kernels.aot.compilation` in a process of its own, under a time limit."""
 
-import ctypes
 import json
 import os
 import pathlib
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +12,15 @@ from typing import Any
 from pallas_kernels.aot.schedule import dump_flags
 from pallas_kernels.aot.targets import TARGETS
 
-_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None  # loaded now: after a fork it may not be safe
-_PR_SET_PDEATHSIG = 1
+# Linux kills the process when its parent ends, by whatever (PR_SET_PDEATHSIG): compilers can run for long. The process
+# asks for it itself, since code between fork and exec is not safe in a parent with threads.
+_END_WITH_PARENT = """
+import ctypes, runpy, signal, sys
+if sys.platform.startswith("linux"):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+sys.argv[:3] = [sys.argv[2]]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Settings of another use of jax that must not reach the compiler: a pinned platform is replaced, flags are dropped.
 _DROPPED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORM_NAME")
@@ -90,16 +95,11 @@ def run(python: str, cell: tuple[str, str, str, str], limit: float, dump: str | 
         return answer([*command, folder], environment(folder, "cuda"), limit)
 
 
-def _end_with_parent() -> None:
-    """Linux kills the process that calls this when its parent ends, by whatever: compilers can run for long."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def answer(command: list[str], environ: dict[str, str], limit: float) -> dict[str, Any]:
-    """The last line of JSON that a command prints; "status" is timeout or crashed where there is none."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                               env=environ, start_new_session=True, preexec_fn=_end_with_parent)
+    """The last line of JSON that a command, [PYTHON, -m, MODULE, ...], prints; "status" is timeout or crashed where
+    there is none."""
+    process = subprocess.Popen([command[0], "-c", _END_WITH_PARENT, *command[1:]], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environ, start_new_session=True)
     try:
         out, error = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
