@@ -26,9 +26,9 @@ def read(spec: str) -> dict[str, Any]:
     spec: "FILE.py" or "FILE.py:ARG" (calls `get_config(ARG)`), a config.json, or a workdir that holds one.
     Raises FileNotFoundError or ValueError with one line saying what is wrong with it.
     """
-    head, colon, arg = spec.partition(".py:")
-    if colon or spec.endswith(".py"):
-        made = _call(_experiment(pathlib.Path(head + ".py" if colon else spec)), arg if colon else None, spec)
+    path, arg = experiment_file(spec)
+    if path is not None:
+        made = _call(experiment_module(path).get_config, arg, spec)
         if not isinstance(made, (Mapping, ConfigDict)):
             raise ValueError(f"get_config of {spec} must return a ConfigDict or a dict; it returned "
                              f"{type(made).__name__}")
@@ -54,8 +54,16 @@ def _missing(spec: str) -> FileNotFoundError:
                              f"there is no config {spec!r}: give an experiment FILE.py[:ARG] or a workdir")
 
 
-def _experiment(path: pathlib.Path) -> Any:
-    """The file's `get_config`."""
+def experiment_file(spec: str) -> tuple[pathlib.Path | None, str | None]:
+    """(file, argument) of "FILE.py" or "FILE.py:ARG"; no file for a config.json or a workdir."""
+    head, colon, arg = spec.partition(".py:")
+    if colon:
+        return pathlib.Path(head + ".py"), arg
+    return (pathlib.Path(spec) if spec.endswith(".py") else None), None
+
+
+def experiment_module(path: pathlib.Path) -> Any:
+    """What an experiment file defines, `get_config` at least. Raises FileNotFoundError or ValueError for the user."""
     if not path.is_file():
         raise _missing(str(path))
     module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
@@ -66,7 +74,7 @@ def _experiment(path: pathlib.Path) -> Any:
         raise _user_error(path, error) from error
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(f"{path} has no function get_config(); an experiment file must define one")
-    return module.get_config
+    return module
 
 
 def _call(get_config: Any, arg: str | None, spec: str) -> Any:

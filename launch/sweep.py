@@ -1,7 +1,6 @@
 """`lm sweep`: many runs of one experiment with different settings, by a grid or a search; resumable, parallel."""
 
 import argparse
-import importlib.util
 import os
 import pathlib
 import signal
@@ -107,11 +106,9 @@ def grown(definition: Any, trials: int, workdir: pathlib.Path) -> Any:
 
 def from_file(spec: str | None) -> dict[str, Any]:
     """What `sweep()` of an experiment file gives; nothing where it has none."""
-    path = pathlib.Path((spec or "").partition(":")[0])
-    if path.suffix != ".py" or not path.exists():
-        return {}
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("swept", path))
-    found.loader.exec_module(module)
+    from launch.config_files import experiment_file, experiment_module
+    path, _ = experiment_file(spec or "")
+    module = None if path is None else experiment_module(path)
     return dict(module.sweep()) if hasattr(module, "sweep") else {}
 
 
@@ -123,7 +120,7 @@ def work(definition: Any, workdir: pathlib.Path, workers: int | None) -> int:
     from launch.sweeps.table import summary
     from lm.train.exit_codes import PREEMPTED
     gpus = visible_gpus(os.environ)
-    count = workers or len(gpus) or default_jobs()
+    count = (len(gpus) or default_jobs()) if workers is None else workers
     if count < 1 or (gpus and count > len(gpus)):
         raise ValueError(f"--workers={count} must be from 1 to {len(gpus) or 'the number of cores'}, one a device")
     queue, stopping, errors = Queue(definition, workdir), threading.Event(), []

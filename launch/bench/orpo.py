@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from launch.bench.train import TURN, side
+from launch.bench.train import TURN, side, take_turns
 
 SHAPES = (256, 512)
 TRL, OURS = "launch.bench.orpo_trl_side", "launch.bench.orpo_side"
@@ -66,13 +66,7 @@ def measure(seq_len: int, vocab: int, steps: int, cores: int) -> dict[str, Any]:
             losses = {name: one.first_loss for name, one in sides.items()}
             if max(losses.values()) - min(losses.values()) > 1e-4:
                 raise AssertionError(f"the sides differ in their initial loss: {losses}")
-            times: dict[str, list[float]] = {name: [] for name in sides}
-            for one in sides.values():
-                one.ask("warm 1")
-            while len(times["ours"]) < steps:
-                for name, one in sides.items():
-                    one.ask("warm 1")  # takes back the caches and pages that the other side had
-                    times[name] += one.ask(f"time {TURN}")["seconds"]
+            times = take_turns(sides, steps, TURN)
             facts = {name: one.ask("report") for name, one in sides.items()}
     if len({fact["parameters"] for fact in facts.values()}) > 1:
         raise AssertionError(f"the sides differ in parameters: {facts}")

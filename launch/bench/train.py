@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launch.compile_cache import VARIABLE
@@ -65,6 +65,18 @@ def side(module: str, *arguments: str) -> Iterator[Side]:
         yield opened
     finally:
         opened.close()
+
+
+def take_turns(sides: Mapping[str, Any], steps: int, turn: int) -> dict[str, list[float]]:
+    """Seconds of at least `steps` steps of each side, `turn` of one and then of the next."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for one in sides.values():
+        one.ask("warm 1")
+    while min(map(len, times.values())) < steps:
+        for name, one in sides.items():
+            one.ask("warm 1")  # takes back the caches and pages that the other side had
+            times[name] += one.ask(f"time {turn}")["seconds"]
+    return times
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,13 +126,7 @@ def measure(model: str, seq_len: int, steps: int, cores: int) -> dict[str, Any]:
             others = {name: opened.enter_context(side("launch.bench.jax_side", module, str(seq_len), weights))
                       for name, module in importlib.import_module(model).VARIANTS.items()}
             sides = {"torch": torch, "ours": ours, **others}
-            times: dict[str, list[float]] = {name: [] for name in sides}
-            for one in sides.values():
-                one.ask("warm 1")
-            while len(times["ours"]) < steps:
-                for name, one in sides.items():
-                    one.ask("warm 1")  # takes back the caches and pages that the other side had
-                    times[name] += one.ask(f"time {turn}")["seconds"]
+            times = take_turns(sides, steps, turn)
             facts = {"torch": torch.ask("report"), "ours": ours.ask("report")}
     if facts["torch"]["parameters"] != facts["ours"]["parameters"]:
         raise AssertionError(f"the sides differ in parameters: {facts}")

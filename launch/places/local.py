@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 from launch.places.job import Job, exports, quoted
@@ -140,7 +140,7 @@ def run(processes: Sequence[Process], grace: float) -> int:
     return report(processes, [process.returncode for process in running], first)
 
 
-def wait(running: Sequence[subprocess.Popen], asked: list[float], stop: object, grace: float) -> int | None:
+def wait(running: Sequence[subprocess.Popen], asked: list[float], stop: Callable[[], None], grace: float) -> int | None:
     """Waits for all; returns the number of the process that failed first, or None. One that failed has the others
     stopped; those that outstay their time are killed."""
     first = None
@@ -212,7 +212,7 @@ def send(process: subprocess.Popen, which: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def handlers(stop: object) -> Iterator[None]:
+def handlers(stop: Callable[..., None]) -> Iterator[None]:
     """Calls stop(number, frame) for SIGTERM and SIGINT inside the block."""
     before = {which: signal.signal(which, stop) for which in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -178,6 +178,16 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, fast, capsys):
     assert "its config differs" in capsys.readouterr().err
 
 
+def test_a_broken_experiment_file_is_one_line_and_workers_are_at_least_one(tmp_path, fast, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    assert sweep("--config", f"{broken}:tiny", "--workdir", tmp_path / "x") == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert sweep("--config", TINY, "--workdir", tmp_path / "x", "--param", "optimizer.learning_rate=0.1",
+                 "--workers=0") == 2
+    assert "--workers=0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_real_runs_are_swept_from_the_file_itself(tmp_path):
     path = tmp_path / "swept.py"
