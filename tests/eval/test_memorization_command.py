@@ -106,7 +106,8 @@ def test_special_ids_are_bos_and_eos_and_those_of_no_text():
 def test_the_mask_and_evaluation_in_one_short_run(tmp_path):
     """The preset's data at two steps: `lm train` logs kept and dropped loss, and its evaluation has the test."""
     from launch.cli import main
-    words = ["--config.train.steps=2", "--config.eval.memorization={prefix: 24, suffix: 24, limit: 4}",
+    words = ["--config.train.steps=2", "--config.optimizer.warmup_steps=1",
+             "--config.eval.memorization={prefix: 24, suffix: 24, limit: 4}",
              "--config.data.task={num_documents: 4}", "--config.log.every=1"]
     assert main(["train", "--config", "experiments/claims/goldfish_extraction.py", "--workdir", str(tmp_path), *words,
                  "--config.loss.goldfish.k=4", "--config.loss.goldfish.h=4"]) == 0
