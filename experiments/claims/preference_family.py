@@ -14,10 +14,10 @@ prompt's contents with marks, good ones with probability 0.8 in the chosen and 0
 ones are longer: they end after a content with probability 0.1, rejected ones with 0.3. Accuracy is by mean
 log-probability for all, over 256 new pairs; 256 responses are drawn at temperature 1.
 
-The long grid trains adapters of SmolLM2-135M on real dialogues and asks for rewards that tell held-out pairs (at least
-500) better than length does. It reads runs/smollm2 (`lm convert`) and data/hh_harmless (`lm data prepare --kind
-preference --config runs/smollm2 --validation-fraction 0.25` of 2,312 dialogues of HH), takes hours on an accelerator,
-and has not been run.
+The long grid trains adapters of SmolLM2-135M on real dialogues with ORPO and DPO, a seed at a time some 40 minutes for
+both, and asks for rewards that tell held-out pairs (at least 500) better than length does. It reads runs/smollm2 (`lm
+convert`) and data/hh_harmless (`lm data prepare --kind preference --config runs/smollm2 --validation-fraction 0.25` of
+2,312 dialogues of HH). 200 steps of about five pairs see 3 of 5 training pairs once.
 """
 
 from ml_collections import ConfigDict
@@ -47,29 +47,30 @@ def get_config() -> ConfigDict:
 
 SMOLLM2 = dict(embed_dim=576, num_layers=30, pattern=("attention/mlp",), vocab_size=49_152, norm_eps=1e-5,
                attention=dict(num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=100_000.0),
-               mlp=dict(activation="swiglu", mlp_dim=1536), dtype="bfloat16", scan=True, remat="full")
-REAL = {"model": SMOLLM2, "train.steps": 600, "train.batch_size": 8, "train.seq_len": 1024, "train.lora_rank": 16,
-        "train.init_from": "runs/smollm2", "optimizer.learning_rate": 2e-4, "optimizer.warmup_steps": 30,
-        "eval.every": 100_000, "eval.batches": None}
+               mlp=dict(activation="swiglu", mlp_dim=1536), dtype="float32", scan=True)
+REAL = {"model": SMOLLM2, "train.steps": 200, "train.batch_size": 2, "train.seq_len": 1024, "train.lora_rank": 16,
+        "train.init_from": "runs/smollm2", "optimizer.learning_rate": 2e-4, "optimizer.warmup_steps": 20,
+        "eval.every": 100_000, "eval.batches": None, "data": dict(source="pairs", path="data/hh_harmless")}
+REAL_LOSSES = {"orpo": {"orpo": {"odds_weight": 1.0}}, "dpo": {"dpo": 1.0}}
 HELD_OUT = 500
+
+
+# One step of next to no size.
+ONCE = {"optimizer.learning_rate": 1e-9, "optimizer.warmup_steps": 0}
 
 
 def grid(full: bool = False) -> list[dict]:
     """Every loss, likelihood of the chosen responses alone, and no second stage; the long grid on real dialogues."""
+    if full:
+        cells = [dict(arm=arm, seed=seed, measure="train", set={**REAL, "loss": loss})
+                 for seed in base.SEEDS for arm, loss in REAL_LOSSES.items()]
+        start = {**REAL, **ONCE, "loss": REAL_LOSSES["orpo"], "train.steps": 1}
+        return [dict(arm=START, seed=base.SEEDS[0], measure="train", set=start), *cells]
     arms = {name: {"loss": {name: 1.0}} for name in LOSSES}
     arms[SFT] = {"loss": {"orpo": {"odds_weight": 0.0}}}
-    # One step of next to no size.
-    arms[START] = {"eval.every": 1, "optimizer.learning_rate": 1e-9, "optimizer.warmup_steps": 0}
-    cells = [dict(arm=arm, seed=seed, measure="preference_run", set=settings) for arm, settings in arms.items()
-             for seed in base.SEEDS]
-    if not full:
-        return cells
-    for cell in cells:
-        data = dict(source="pairs", path="data/hh_harmless", mismatched=cell["arm"] == "kto")
-        once = {"train.steps": 1, "optimizer.learning_rate": 1e-9, "optimizer.warmup_steps": 0}
-        once = once if cell["arm"] == START else {}
-        cell.update(measure="train", set={**cell["set"], **REAL, "data": data, **once})
-    return cells
+    arms[START] = {"eval.every": 1, **ONCE}
+    return [dict(arm=arm, seed=seed, measure="preference_run", set=settings) for arm, settings in arms.items()
+            for seed in base.SEEDS]
 
 
 def check_real(results: list[dict]) -> dict:
@@ -81,7 +82,7 @@ def check_real(results: list[dict]) -> dict:
     criteria = [base.at_least("held-out pairs", min(min(values) for values in pairs.values()), HELD_OUT)]
     criteria += [base.at_least(f"{arm}, lower end of the accuracy's interval above the length baseline "
                                f"({base.mean(accuracy[arm]):.3f}, up to {max(high[arm]):.3f}; {baseline:.3f})",
-                               min(low[arm]) - baseline, 0.0) for arm in LOSSES]
+                               min(low[arm]) - baseline, 0.0) for arm in REAL_LOSSES]
     figure = {"x": "arm", "y": "accuracy on held-out pairs", "lines": {"length baseline": baseline}, "series": {
         "accuracy": {"x": list(accuracy), "y": list(accuracy.values())}}}
     return base.verdict(criteria, [name(metric) for metric in ("accuracy", "accuracy_low", "accuracy_high",
