@@ -62,10 +62,10 @@ ONCE = {"optimizer.learning_rate": 1e-9, "optimizer.warmup_steps": 0}
 def grid(full: bool = False) -> list[dict]:
     """Every loss, likelihood of the chosen responses alone, and no second stage; the long grid on real dialogues."""
     if full:
-        cells = [dict(arm=arm, seed=seed, measure="train", set={**REAL, "loss": loss})
-                 for seed in base.SEEDS for arm, loss in REAL_LOSSES.items()]
-        start = {**REAL, **ONCE, "loss": REAL_LOSSES["orpo"], "train.steps": 1}
-        return [dict(arm=START, seed=base.SEEDS[0], measure="train", set=start), *cells]
+        real = {name: {**REAL, "loss": loss} for name, loss in REAL_LOSSES.items()}
+        real[START] = {**real["orpo"], **ONCE, "train.steps": 1}
+        return [dict(arm=arm, seed=seed, measure="train", set=settings) for seed in base.SEEDS
+                for arm, settings in real.items()]
     arms = {name: {"loss": {name: 1.0}} for name in LOSSES}
     arms[SFT] = {"loss": {"orpo": {"odds_weight": 0.0}}}
     arms[START] = {"eval.every": 1, **ONCE}
