@@ -1,7 +1,7 @@
 """What a config that learns from preferences needs: its reference model, and a loss that fits the data."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from launch import adapters
@@ -17,8 +17,12 @@ def loss_of(config: Any) -> str | None:
 
 def objective_of(config: Any) -> Any:
     """The config's `PreferenceObjective`, None where it has none."""
+    return None if loss_of(config) is None else _made(config.loss.to_dict())
+
+
+def _made(loss: Mapping[str, Any]) -> Any:
     from lm.tasks.build import build_objective
-    return None if loss_of(config) is None else build_objective(config.loss.to_dict())
+    return build_objective(loss)
 
 
 def holds_pairs(data: Any) -> bool:
@@ -56,13 +60,14 @@ def mismatched(data: Any) -> bool:
     return data.build_task().mismatched if data.kind != "pairs" else data.mismatched
 
 
-def copy_of(config: Any, options: Any, boxed: Any) -> Callable[[], Any] | None:
-    """What makes the carry of a run whose reference is a copy of the variables, None for others. boxed: their shapes
-    with logical axes. The copy itself is taken by `with_reference`, when the variables are there."""
+def copy_of(loss: Mapping[str, Any], options: Any, boxed: Any) -> Callable[[], Any] | None:
+    """What makes the carry of a run whose reference is a copy of the variables, None for others. loss: the group;
+    boxed: their shapes with logical axes. `with_reference` takes the copy itself, when the variables are there."""
     import jax
     import jax.numpy as jnp
-    objective = objective_of(config)
-    if objective is None or not objective.keeps_copy(adapters.used(options)):
+
+    from lm.losses.preference import PREFERENCE
+    if not any(name in PREFERENCE for name in loss) or not _made(loss).keeps_copy(adapters.used(options)):
         return None
     return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed)
 

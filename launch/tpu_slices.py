@@ -34,7 +34,7 @@ GENERATIONS = {generation.name: generation for generation in (
     Generation("v6e", "v6e", "tpu-v6e-slice", 2, 1, (1, 4, 8), 4, (16, 16), "v2-alpha-tpuv6e"),
     Generation("7x", "", "tpu7x", 3, 1, (4,), 4, (16, 24, 24), ""),
 )}
-_ALIASES = {"v5litepod": "v5e", "tpu7x": "7x", "ironwood": "7x", "trillium": "v6e"}
+ALIASES = {"v5litepod": "v5e", "tpu7x": "7x", "ironwood": "7x", "trillium": "v6e"}
 _NAME = re.compile(r"(?P<generation>[a-z0-9]+)(-(?P<count>\d+)|:(?P<topology>\d+(x\d+)*))")
 
 
@@ -78,9 +78,9 @@ def find_slice(name: str) -> Slice:
     known = f"generations: {', '.join(GENERATIONS)}; write v5e-256, or a topology, v5p:4x4x8"
     if match is None:
         raise ValueError(f"no TPU slice {name!r}; {known}")
-    word = _ALIASES.get(match["generation"], match["generation"])
+    word = ALIASES.get(match["generation"], match["generation"])
     if word not in GENERATIONS:
-        raise ValueError(f"no TPU generation {word!r}{did_you_mean(word, [*GENERATIONS, *_ALIASES])}; {known}")
+        raise ValueError(f"no TPU generation {word!r}{did_you_mean(word, [*GENERATIONS, *ALIASES])}; {known}")
     generation = GENERATIONS[word]
     if match["topology"]:
         topology = tuple(map(int, match["topology"].split("x")))

@@ -75,9 +75,9 @@ class Prepared:
         from launch import config as configs
         from launch.evaluation import Evaluation
         from launch.preference import reporting
+        from launch.recipe import objective_of
         from lm.data.loader import iterate
-        from lm.models.build import make_apply, not_additive
-        from lm.tasks.build import build_objective
+        from lm.models.build import make_apply
         from lm.train.loop import Experiment
         data = configs.options(self.config, "data")
         evaluation = Evaluation(self, workdir)
@@ -88,10 +88,8 @@ class Prepared:
                            num_threads=data.num_threads, prefetch=data.prefetch, num_workers=data.num_workers)
 
         return Experiment(
-            apply=make_apply(self.model), objective=build_objective(
-                self.config.loss.to_dict(), carry_state=self.options.carry_state,
-                pass_memory=self.options.pass_memory, initial_state=self.model.initial_state,
-                not_additive=not_additive(self.model)), recipe=self.recipe,
+            apply=make_apply(self.model), recipe=self.recipe,
+            objective=objective_of(self.model, self.options, self.config.loss.to_dict()),
             batches=batches, batch_at=reporting(self.train_set), evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
             flops_per_token=self.model.flops_per_token(self.options.seq_len),
@@ -122,25 +120,16 @@ class Prepared:
 
 def prepare(config: Any) -> Prepared:
     """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled."""
-    import jax
-    from flax import linen as nn
-
-    from launch import adapters
     from launch import config as configs
     from launch.distill import check_teacher
-    from launch.preference import copy_of
+    from launch.recipe import recipe_of
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
     from lm.data.corpora import load_corpora
     from lm.data.loader import build_dataset
     from lm.data.tokenizer import special_ids
-    from lm.models.build import abstract_params, build_model, check_mesh
-    from lm.models.tables import tables_of
-    from lm.optim.builder import build_optimizer
+    from lm.models.build import build_model, check_mesh
     from lm.tasks.goldfish import goldfish_of
-    from lm.tasks.passed_memory import first_carry
-    from lm.train.carried import carried_state
-    from lm.train.state import Recipe
 
     options, mesh_options = configs.options(config, "train"), configs.options(config, "mesh")
     mesh = make_mesh(mesh_options.sizes, dcn=mesh_options.dcn)
@@ -155,29 +144,10 @@ def prepare(config: Any) -> Prepared:
     check_teacher(config.loss, train_set)
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
     check_mesh(model, mesh.shape)
-    boxed = abstract_params(model)
-    optimizer_options = configs.options(config, "optimizer")
-    if adapters.used(options):
-        boxed |= jax.eval_shape(lambda: adapters.beside(options, model, nn.meta.unbox(boxed["params"]),
-                                                        jax.random.key(0)))
-        optimizer_options = adapters.rules(options, optimizer_options)
-    shapes = nn.meta.unbox(boxed)
-
-    def init(key):
-        import jax.numpy as jnp
-        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
-        return {**params, **adapters.beside(options, model, params["params"], jax.random.fold_in(key, 1))}
-
-    carry = tuple
-    if options.carry_state:
-        carry = carried_state(model.initial_state, options.batch_size, options.microbatches)
-    if options.pass_memory is not None:
-        carry = first_carry(model.initial_state)
-    carry = copy_of(config, options, boxed) or carry
-    recipe = Recipe(init, boxed, build_optimizer(optimizer_options, shapes, options.steps, tables_of(model)), carry)
+    recipe = recipe_of(model, options, configs.options(config, "optimizer"), config.loss.to_dict())
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     data = f"{train_set.num_tokens:,} training tokens" if train_set.num_tokens else f"new rows of {train_set.name}"
-    headline = (f"{num_params(shapes):,} parameters, {data}, batches of "
+    headline = (f"{num_params(recipe.boxed):,} parameters, {data}, batches of "
                 f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
     return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline, goldfish if on_device else None)

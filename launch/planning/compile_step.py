@@ -1,83 +1,102 @@
-"""Compile the train step of a run for a machine that is not here, and say in JSON what a device would hold.
+"""Compile a program of a run for a machine that is not here, and say in JSON what a device would hold.
 
     python -m launch.planning.compile_step FILE.json
 
 A process of its own, with the environment of `launch.kernels.process`. FILE holds what `lm plan` has resolved: target,
-mesh, vocab_size, and the groups model, loss, optimizer and train of the config.
+mesh (sizes of a slice, and dcn), vocab_size, special (ids without text), teacher_k, the groups model, loss, optimizer
+and train of the config, decode (None, or rows and their room) and program: where the compiled text goes, compressed.
 """
 
 import contextlib
+import gzip
+import itertools
 import json
 import logging
+import re
 import sys
 import time
 import traceback
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 from jax.experimental import topologies
 
-from launch.planning.targets import Machine, find_machine
-from lm.core.batch import Batch
-from lm.core.sharding import batch_sharding, make_mesh
-from lm.models.build import abstract_params, build_model, make_apply, not_additive
-from lm.models.tables import tables_of
-from lm.optim.builder import build_optimizer
-from lm.optim.options import OptimizerOptions
-from lm.tasks.build import build_objective
-from lm.train.state import Recipe
-from lm.train.step import make_train_step
+from launch.planning.machines import GPUS_A_HOST, Machine, find_machine
+from launch.planning.program import decode_step, train_step
+from lm.core.sharding import make_mesh
 from pallas_kernels import gpu
 from pallas_kernels.aot.compilation import short_reason
+
+# "Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm."
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def devices_of(machine: Machine) -> list[Any]:
     """Devices to compile for."""
     kind = machine.kind
-    if kind.gpu is None:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices)
-    return list(topologies.get_topology_desc(platform="cuda", topology_name=kind.gpu.product,
-                                             target_config=kind.gpu.description(), topology=machine.topology).devices)
+    if machine.kind.name == "cpu":
+        return jax.devices()[:machine.devices]
+    if kind.gpu is not None:
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=kind.gpu.product,
+                                                 target_config=kind.gpu.description(),
+                                                 topology=machine.topology).devices)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology,
+                                             **machine.topology_options()).devices)
 
 
 def compile_step(asked: dict[str, Any]) -> dict[str, Any]:
-    """Bytes a device: of `params`, `optimizer` and `other` state, `temporaries` and `generated` code; `seconds` that it
-    took. Compilers raise theirs."""
-    machine, train = find_machine(asked["target"]), asked["train"]
-    began = time.perf_counter()
-    mesh = make_mesh(asked["mesh"], devices=devices_of(machine))
-    model = build_model(asked["model"], asked["vocab_size"])
-    boxed = abstract_params(model)
-    options = dict(asked["optimizer"], rules=tuple(asked["optimizer"]["rules"]))
-    optimizer = build_optimizer(OptimizerOptions(**options), nn.meta.unbox(boxed), train["steps"], tables_of(model))
-    recipe = Recipe(lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))), boxed, optimizer)
-    shape = (train["batch_size"], train["seq_len"])
-    place = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape))
-    batch = Batch(*map(place, (np.int32, np.int32, np.float32, np.int32, np.int32)))
-    step = make_train_step(make_apply(model), build_objective(asked["loss"], not_additive=not_additive(model)),
-                           optimizer, microbatches=train["microbatches"], per_microbatch=train["per_microbatch"])
+    """Bytes a device by kind, and `seconds` of tracing, lowering and compiling. Compilers raise theirs."""
+    machine = find_machine(asked["target"])
+    mesh = make_mesh(asked["mesh"], dcn=asked["dcn"], devices=devices_of(machine))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         if machine.kind.gpu is not None:
             stack.enter_context(gpu.stated_gpu(machine.kind.gpu.capability))
-        state = recipe.abstract(mesh)
-        traced = jax.jit(step, donate_argnums=0, out_shardings=(recipe.shardings(mesh), None)).trace(state, batch)
+        times = [time.perf_counter()]
+        program = (train_step if asked["decode"] is None else decode_step)(asked, mesh)
+        times.append(time.perf_counter())
+        logging.info("traced in %.1f s", times[1] - times[0])
+        traced = program.traced
         lowered = traced.lower(lowering_platforms=("cuda",)) if machine.kind.gpu is not None else traced.lower()
-        memory = lowered.compile().memory_analysis()
-    held = {"params": bytes_of(state.params), "optimizer": bytes_of(state.opt_state)}
-    return dict(status="ok", **held, other=memory.argument_size_in_bytes - sum(held.values()),
+        times.append(time.perf_counter())
+        logging.info("lowered in %.1f s", times[2] - times[1])
+        try:
+            compiled = lowered.compile()
+        except Exception as error:
+            found = out_of_memory(error)
+            if found is None:
+                raise
+            return {**found, **program.held}
+        times.append(time.perf_counter())
+        logging.info("compiled in %.1f s", times[3] - times[2])
+    with gzip.open(asked["program"], "wt", compresslevel=3) as file:
+        file.write(compiled.as_text())
+    memory, held, costs = compiled.memory_analysis(), program.held, compiled.cost_analysis() or {}
+    granules = [granule(device) for device in mesh.devices.flat]
+    return dict(status="ok", granules=granules if len(set(granules)) > 1 else [],
+                xla={name: costs[name] for name in ("flops", "bytes accessed", "optimal_seconds") if name in costs},
+                **held, batch=memory.argument_size_in_bytes - sum(held.values()),
                 temporaries=memory.temp_size_in_bytes, generated=memory.generated_code_size_in_bytes,
                 not_in_place=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                seconds=time.perf_counter() - began)
+                seconds={name: b - a for name, (a, b) in zip(("trace", "lower", "compile"), itertools.pairwise(times),
+                                                             strict=True)})
 
 
-def bytes_of(tree: Any) -> int:
-    """Bytes that a device holds of abstract arrays with shardings."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
+def granule(device: Any) -> int:
+    """The slice of a TPU, or the host of a GPU."""
+    return device.id // GPUS_A_HOST if device.platform in ("cuda", "gpu") else getattr(device, "slice_index", 0)
+
+
+def out_of_memory(error: BaseException) -> dict[str, Any] | None:
+    """{"status": "too large", used, usable}: what the compiler said that it needs, in bytes a device; None for other
+    errors."""
+    found = _USED.search(str(error))
+    if found is None:
+        return None
+    size = lambda number, unit: int(float(number) * _UNITS[unit])
+    return dict(status="too large", used=size(*found.groups()[:2]), usable=size(*found.groups()[2:]),
+                reason=short_reason(error))
 
 
 def main(arguments: list[str]) -> int:
