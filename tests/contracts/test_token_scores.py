@@ -106,6 +106,47 @@ def test_chunked_loss_never_holds_all_logits(monkeypatch):
     logits = rows * length * vocab
     assert largest_array(rows, length, vocab, length) >= logits  # the measure sees them where they are
     assert largest_array(rows, length, vocab, 8) <= logits // 8
-    # The default chunk follows from the number of logits that may be held.
+    # The default holds all where they are few enough, and else chunks of as many as may exist at a time.
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", logits // 16)
+    monkeypatch.setattr(cross_entropy, "HELD_ELEMENTS", logits)
+    assert largest_array(rows, length, vocab, None) == logits
+    monkeypatch.setattr(cross_entropy, "HELD_ELEMENTS", logits - 1)
     assert largest_array(rows, length, vocab, None) <= logits // 16
+
+
+def test_all_logits_are_held_once_and_their_gradient_takes_their_place():
+    """What the compiled gradient asks for besides its arguments and results, with the target's accuracy."""
+    rows, length, vocab = 2, 256, 1024
+
+    def total(hidden, kernel, targets):
+        scores = token_scores(hidden, Head(kernel, None, vocab, None), targets)
+        return jnp.mean(scores.logp), jnp.mean(scores.argmax == targets)
+
+    arrays = (jax.ShapeDtypeStruct((rows, length, D), jnp.float32), jax.ShapeDtypeStruct((vocab, D), jnp.float32),
+              jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    compiled = jax.jit(jax.grad(total, (0, 1), has_aux=True)).lower(*arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * rows * length * vocab
+
+
+def test_a_target_that_is_no_id_takes_no_logit():
+    """What stands where weights are 0 may be anything, and must be finite."""
+    hidden, head, targets = make()
+    for wrong in (-1, V, 10**6):
+        scores = token_scores(hidden, head, np.full_like(targets, wrong))
+        np.testing.assert_allclose(scores.logp, -scores.logsumexp, rtol=1e-6)
+
+
+def test_a_second_derivative_is_that_of_the_formula():
+    hidden, head, targets = make()
+    weights = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
+
+    def plain(h):
+        logits = (h @ head.kernel.T)[..., :REAL]
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        return jnp.sum(weights * jnp.square(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]))
+
+    def ours(h):
+        return jnp.sum(weights * jnp.square(token_scores(h, head, targets, chunk=5).logp))
+
+    twice = lambda f: jax.jit(jax.grad(lambda h: jnp.sum(jnp.sin(jax.grad(f)(h)))))(hidden)
+    np.testing.assert_allclose(twice(ours), twice(plain), rtol=1e-3, atol=1e-3)
