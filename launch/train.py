@@ -138,6 +138,8 @@ def prepare(config: Any) -> Prepared:
     check_carry(options, data, config)
     corpora = load_corpora(data)
     goldfish = goldfish_of(config.loss.to_dict(), special_ids(corpora.tokenizer), options.seq_len)
+    if goldfish is not None:
+        goldfish.check_vocab(corpora.tokenizer.vocab_size)
     on_device = goldfish is not None and goldfish.where == "device"
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
                               seq_len=options.seq_len, corpora=corpora, goldfish=None if on_device else goldfish)

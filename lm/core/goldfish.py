@@ -51,6 +51,9 @@ class Goldfish:
                              f"is not 'static'")
         if not 0 <= self.salt < 2**32:
             raise ValueError(f"{where}.salt={self.salt} must be from 0 to 2^32 - 1")
+        if (below := [i for i in self.exempt or () if i < 0]):
+            raise ValueError(f"{where}.exempt holds {below[0]}, and ids are 0 and above; None stands for the "
+                             f"tokenizer's special ids")
         if self.compat and (self.mask == "random" or self.salt or self.exempt):
             raise ValueError(f"{where}.compat={self.compat!r} is the published mask, hash or static, which has no salt "
                              f"and exempts no id; leave those out, or compat")
@@ -61,6 +64,11 @@ class Goldfish:
         if self.mask == "hash" and needed > seq_len:
             raise ValueError(f"{where}.h={self.h} needs train.seq_len of at least {needed}, and it is {seq_len}: no "
                              f"target would ever be dropped; lower h")
+
+    def check_vocab(self, vocab_size: int, where: str = "config.loss.goldfish") -> None:
+        """Raises ValueError for an exempt id that the tokenizer does not have."""
+        if (beyond := [i for i in self.exempt or () if i >= vocab_size]):
+            raise ValueError(f"{where}.exempt holds {beyond[0]}, and the tokenizer's ids are 0 to {vocab_size - 1}")
 
     def with_exempt(self, special: Sequence[int]) -> "Goldfish":
         """The same, with the ids that are exempt written out; `special` are the tokenizer's."""

@@ -280,10 +280,17 @@ def test_large_k_drops_nothing():
     (dict(k=1), "leave goldfish out"), (dict(h=0), "h=0 must be from 1"), (dict(offset=2), "0 where mask"),
     (dict(mask="static", offset=4), "k - 1 = 3"), (dict(salt=-1), "salt=-1"), (dict(salt=2**32), "2\\^32 - 1"),
     (dict(compat="umd", mask="random"), "published mask"), (dict(compat="umd", salt=3), "no salt"),
-    (dict(compat="umd", exempt=(0,)), "exempts no id")])
+    (dict(compat="umd", exempt=(0,)), "exempts no id"), (dict(exempt=(5, -1)), "exempt holds -1")])
 def test_values_that_make_no_mask_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Goldfish(**fields).check()
+
+
+def test_exempt_ids_are_ids_of_the_tokenizer():
+    Goldfish(exempt=(0, 63)).check_vocab(64)
+    Goldfish().check_vocab(64)
+    with pytest.raises(ValueError, match="exempt holds 64, and the tokenizer's ids are 0 to 63"):
+        Goldfish(exempt=(0, 64)).check_vocab(64)
 
 
 def test_rows_too_short_for_any_window_are_refused():
