@@ -11,7 +11,7 @@ from lm.data.sources import read_documents
 from lm.data.tokenizer import Tokenizer
 from lm.eval.memorization_options import MemorizationOptions
 from lm.eval.samples import encode_prompt
-from lm.eval.sets import KINDS
+from lm.eval.sets import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ class Matched(NamedTuple):
 
 
 def read_texts(path: str, data: DataOptions, tokenizer: Tokenizer) -> list[Text]:
-    """Every document of the file, folder or glob, as the training data of `data` would have it."""
-    kind = next((kind for ending, kind in KINDS.items() if path.lower().endswith(ending)), "text")
-    given = DataOptions(source=kind, path=path, text_field=data.text_field, separator=data.separator)
+    """Every document of the file, folder or glob, as the training data of `data` would have it. Raises ValueError for
+    what cannot be read."""
+    given = DataOptions(source=kind_of(path), path=path, text_field=data.text_field, separator=data.separator)
     return [Text(encode_prompt(tokenizer, text, add_bos=data.add_bos), text) for text in read_documents(given)]
 
 
@@ -55,10 +55,13 @@ def matched(members: Sequence[Text], controls: Sequence[Text], options: Memoriza
     if needed > seq_len:
         raise ValueError(f"prefix={options.prefix} and suffix={options.suffix} need {needed} tokens, and training rows "
                          f"have {seq_len}: a text is learned in rows of that length; give shorter ones")
-    known = {text.ids.tobytes(): n for n, text in enumerate(members)}
-    if (twice := next((n for n, text in enumerate(controls) if text.ids.tobytes() in known), None)) is not None:
-        raise ValueError(f"control {twice} is member {known[controls[twice].ids.tobytes()]}: a control is a text that "
-                         f"was not trained on; remove it")
+    # As they are compared: texts that part after the end of a row are one and the same here.
+    known = {text.ids[:seq_len].tobytes(): n for n, text in enumerate(members)}
+    for n, text in enumerate(controls):
+        if (same := known.get(text.ids[:seq_len].tobytes())) is not None:
+            cut = "" if np.array_equal(text.ids, members[same].ids) else f" in the {seq_len} tokens of a row"
+            raise ValueError(f"control {n} is member {same}{cut}: a control is a text that was not trained on; remove "
+                             f"it")
     out, skipped = [], 0
     for texts in (members, controls):
         long = [text for text in texts if len(text.ids) >= needed]

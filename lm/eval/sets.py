@@ -7,11 +7,13 @@ import numpy as np
 
 from lm.core.batch import Batch
 from lm.data.corpora import Corpora, load_corpora
+from lm.data.files import find_files
 from lm.data.loader import TokenDataset, build_dataset
 from lm.data.options import DataOptions
 from lm.data.tokenizer import Tokenizer
 
-KINDS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}  # by ending; anything else is text
+# By ending. Of a folder these are read, and a file that is named, or that a glob matches, is text if it ends otherwise.
+KINDS = {".txt": "text", ".txt.gz": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
 
 
 class EvalSet(NamedTuple):
@@ -28,13 +30,28 @@ def set_of(dataset: TokenDataset, batches: int | None = None, *, process_index: 
     return EvalSet(lambda: dataset.eval_batches(batches, process_index, process_count), dataset.token_bytes)
 
 
+def kind_of(path: str) -> str:
+    """The source that reads a file, folder or glob: text, jsonl or parquet, by the names of its files.
+
+    Raises ValueError where nothing is there, and for files of several kinds, which no one source reads.
+    """
+    found: dict[str, str] = {}
+    for file in find_files(path, tuple(KINDS)):
+        kind = next((kind for ending, kind in KINDS.items() if file.name.lower().endswith(ending)), "text")
+        found.setdefault(kind, file.name)
+    if len(found) > 1:
+        files = ", ".join(f"{name} ({kind})" for kind, name in found.items())
+        raise ValueError(f"{path!r} holds files of several kinds: {files}; name those of one kind, with "
+                         f"a glob such as '*.jsonl'")
+    return next(iter(found))
+
+
 def load_text(path: str, options: DataOptions, tokenizer: Tokenizer, *, batch_size: int, seq_len: int) -> TokenDataset:
     """All documents of a text, JSONL or parquet file, folder or glob, packed as the run of `options` packs its own.
 
     Raises ValueError or FileNotFoundError for files that cannot be read.
     """
-    kind = next((kind for ending, kind in KINDS.items() if path.lower().endswith(ending)), "text")
-    given = DataOptions(source=kind, path=path, text_field=options.text_field, separator=options.separator,
+    given = DataOptions(source=kind_of(path), path=path, text_field=options.text_field, separator=options.separator,
                         validation_fraction=0.0, split_seed=options.split_seed, add_bos=options.add_bos,
                         add_eos=options.add_eos, packing=options.packing, shuffle=False)
     corpora = load_corpora(given, tokenizer)

@@ -140,6 +140,9 @@ def make(members, controls, **fields):
 def test_texts_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="control 1 is member 0"):
         make([walk(0)], [walk(1), walk(0)])
+    other_end = np.append(walk(0)[:16], walk(1)[:4])  # rows have 16 tokens
+    with pytest.raises(ValueError, match="control 0 is member 1 in the 16 tokens of a row"):
+        make([walk(1), walk(0)], [other_end])
     with pytest.raises(ValueError, match=r"none of the 1 controls has 14 tokens \(the longest has 9"):
         make([walk(0)], [walk(1)[:9]])
     with pytest.raises(ValueError, match="need 18 tokens, and training rows have 16"):
@@ -164,3 +167,9 @@ def test_files_are_read_as_the_training_data_would_be(tmp_path):
     records = read_texts(str(tmp_path / "texts.jsonl"), data, Ids(V))
     assert [text.ids.tolist() for text in records] == [[1, 2, 3], [4, 5]]
     assert [text.text for text in read_texts(str(tmp_path / "texts.txt"), data, Ids(V))] == ["6 7", "8 9"]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "a.jsonl").write_text('{"body": "1 2"}\n{"body": "3"}\n')
+    for path in ("records", "records/*", "rec*/a*"):
+        assert [text.text for text in read_texts(str(tmp_path / path), data, Ids(V))] == ["1 2", "3"], path
+    with pytest.raises(ValueError, match=r"several kinds: texts.jsonl \(jsonl\), texts.txt \(text\)"):
+        read_texts(str(tmp_path / "texts*"), data, Ids(V))
