@@ -85,6 +85,12 @@ def group_types(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def is_layer(name: str) -> bool:
+    """Whether an entry of the model of this name is a layer by its name alone."""
+    from lm.layers import LAYERS
+    return name in LAYERS
+
+
 def used_entries(model: Mapping[str, Any]) -> list[str]:
     """The layer entries that the model's blocks name; none where one of the lists is of a wrong type."""
     from lm.models.build import entry_names

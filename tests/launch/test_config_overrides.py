@@ -45,6 +45,14 @@ def test_values_that_are_no_text_are_taken_as_they_are():
     assert (made.train.steps, made.model.attention.window, made.eval.samples) == (7, None, ("None", "1"))
 
 
+def test_a_layer_that_only_the_new_pattern_names_can_be_given_whole():
+    pattern = "model.pattern=(bswa/mlp,)"
+    whole = resolve(pattern, "model.bswa={num_heads: 2, block: 16, memory: 1}")
+    assert whole == resolve(pattern, "model.bswa.num_heads=2", "model.bswa.block=16", "model.bswa.memory=1")
+    with pytest.raises(ValueError, match="config.model.bswa has no field 'blok'"):
+        resolve(pattern, "model.bswa={num_heads: 2, blok: 16}")
+
+
 def test_the_last_of_two_overrides_wins():
     assert resolve("train.steps=5", "train.steps=6").train.steps == 6
 
