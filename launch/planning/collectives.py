@@ -18,17 +18,20 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 
 
 class Collective(NamedTuple):
     """One instruction. bytes: that a device puts in or gets out, whichever is more. groups: [G, n] numbers of devices,
-    in the order of the mesh; for a permutation the pairs [P, 2]. shared: XLA works while it is under way."""
+    in the order of the mesh; for a permutation the pairs [P, 2]; where `between` is true, numbers of slices. shared:
+    XLA works while it is under way. between: what is left of a collective over several slices, which hosts send."""
 
     kind: str
     bytes: int
     groups: np.ndarray
     shared: bool
+    between: bool = False
 
     @property
     def sent(self) -> float:
@@ -42,14 +45,13 @@ class Collective(NamedTuple):
         """The least time on this chip's links. granules: the slice or host of each device. Of a group in several, each
         device has its share of the rest to send over the network (the parts that meet there were reduced, or are to
         be spread, within). Raises ValueError where the network's speed is not published."""
-        one = np.asarray(granules)[self.groups]
-        apart = max(len(set(row)) for row in one.tolist())
         per_device = 1 / chip.devices
+        apart = 0 if self.between else max(len({granules[n] for n in row}) for row in self.groups.tolist())
         if apart == 1:
             return self.sent / (chip.link * per_device)
         if chip.network is None:
             raise ValueError(f"the bandwidth of {chip.name} between slices is not published; plan a single slice")
-        if self.kind in ("collective-permute", "collective-broadcast"):
+        if self.between or self.kind in ("collective-permute", "collective-broadcast"):
             return self.sent / (chip.network * per_device)
         n = self.groups.shape[1]
         inside = max(1, n // apart)
@@ -63,6 +65,8 @@ def collective_of(module: Module, where: Computation, instruction: Instruction, 
     """What this instruction moves, None where it is no collective, or none that counts: the end of an asynchronous one,
     or a part of one that runs beside others."""
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "send" and _BETWEEN.search(instruction.rest):
+        return _between(where, instruction)
     if kind not in KINDS or beside(where):
         return None
     given = [arrays for name in instruction.operands if name in where.instructions
@@ -76,6 +80,16 @@ def collective_of(module: Module, where: Computation, instruction: Instruction, 
     groups = groups_of(instruction.rest, devices)
     shared = instruction.opcode.endswith("-start") or "AsyncCollectiveStart" in _targets(where)
     return None if groups.shape[1] == 1 else Collective(kind, size, groups, shared)
+
+
+def _between(where: Computation, instruction: Instruction) -> Collective:
+    """What a device's host sends to other slices: `_xla_megascale_target="{1,2}x{0:3}"` counts slices, then devices."""
+    kind = _BETWEEN.search(instruction.rest)[1].lower().replace("_", "-")
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.rest)
+    ends = [part.split(":") for part in target[1].split(",")] if target else [["0", "1"]]
+    count = max(2, sum(int(end[-1]) - int(end[0]) + 1 for end in ends))
+    size = sum(a.bytes for a in where.instructions[instruction.operands[0]].shape)
+    return Collective(kind, size, np.arange(count)[None], True, True)
 
 
 def beside(where: Computation) -> bool:

@@ -40,12 +40,14 @@ def kernel_bound(kernel: Kernel, chip: Chip, causal: bool = True) -> KernelBound
     share = 1 / chip.devices
     case, direction = case_of(kernel.name)
     vector, transcendental = rates(chip)
-    moved = kernel.cost.get("bytes_accessed") or sum(a.bytes for a in (*kernel.operands, *kernel.results))
+    moved = kernel.cost.get("bytes_accessed") or arrays_bytes(kernel)
     parts = {"bytes": moved / (chip.bandwidth * share)}
     products = attention_flops(kernel)
     if products:
         parts["matrix"] = causal * products / (chip.peak * share)
         return KernelBound(max(parts.values()), parts, causal)
+    if case is not None and kernel.name not in case.expected_calls(direction):
+        return KernelBound(parts["bytes"], parts, False)    # one of several that share the work
     if case is None:
         parts["matrix"] = kernel.cost.get("flops", 0) / (chip.peak * share)
         return KernelBound(max(parts.values()), parts, False)
@@ -56,6 +58,19 @@ def kernel_bound(kernel: Kernel, chip: Chip, causal: bool = True) -> KernelBound
         parts["vector"] = work.vector * scale / (vector * share)
         parts["transcendental"] = work.transcendental * scale / (transcendental * share)
     return KernelBound(max(parts.values()), parts, True)
+
+
+def arrays_bytes(kernel: Kernel) -> int:
+    """Bytes of what a call reads and writes; of a table of experts one vector of each row that is chosen."""
+    given = list(kernel.operands)
+    out = sum(a.bytes for a in kernel.results)
+    if kernel.name.startswith("peer_experts") and given:
+        table = max(given, key=lambda a: a.bytes if len(a.dims) == 3 else -1)
+        chosen = max((a.elements for a in given if a.dtype == "s32"), default=0)
+        given.remove(table)
+        out += min(table.bytes, chosen * table.bytes // max(1, table.dims[0] * table.dims[1] if len(table.dims) == 3
+                                                            else 1))
+    return out + sum(a.bytes for a in given)
 
 
 def attention_flops(kernel: Kernel) -> float:

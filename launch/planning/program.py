@@ -16,10 +16,10 @@ from lm.core.fields import build
 from lm.core.goldfish import masked
 from lm.core.goldfish_sharded import dropped_over_shards
 from lm.core.sharding import batch_sharding, shardings, spec
-from lm.core.tree import apart
 from lm.generate.decode import APART_BYTES
 from lm.generate.loop import Loop, Plan, decode_steps
 from lm.generate.sampling import SamplingOptions
+from lm.layers.stack import StackState
 from lm.losses.preference import PREFERENCE
 from lm.models.build import abstract_params, build_model, make_apply
 from lm.optim.options import OptimizerOptions
@@ -104,10 +104,9 @@ def batch_of(asked: Mapping[str, Any], train: TrainOptions, mesh: Mesh) -> Any:
 
 def abstract_state(model: Any, rows: int, capacity: int, mesh: Mesh) -> Any:
     """The decode state as `lm generate` holds it, its rows split like those of a batch."""
-    make = lambda rows: model.initial_state(rows, capacity=capacity)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: make(rows))))
-    form = apart if size >= APART_BYTES else lambda state: state
-    shapes, more = (jax.eval_shape(lambda n=n: form(make(n))) for n in (rows, rows + 1))
+    shapes, more = (jax.eval_shape(lambda n=n: model.initial_state(n, capacity=capacity)) for n in (rows, rows + 1))
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) >= APART_BYTES:
+        shapes, more = apart(shapes), apart(more)
 
     def one(leaf, other):
         names = ["batch" if a != b else None for a, b in zip(leaf.shape, other.shape, strict=True)]
@@ -115,6 +114,18 @@ def abstract_state(model: Any, rows: int, capacity: int, mesh: Mesh) -> Any:
                                     sharding=NamedSharding(mesh, spec(names, leaf.shape, mesh)))
 
     return jax.tree.map(one, shapes, more)
+
+
+def apart(state: Any) -> Any:
+    """What `lm.core.tree.apart` makes of a state, of shapes alone."""
+    def one(node):
+        leaves = jax.tree.leaves(getattr(node, "pattern", ()))
+        if not isinstance(node, StackState) or isinstance(node.pattern, list) or not leaves:
+            return node
+        part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), node.pattern)
+        return node._replace(pattern=[part] * leaves[0].shape[0])
+
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, StackState))
 
 
 def placed(shapes: Any, places: Any) -> Any:

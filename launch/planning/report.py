@@ -68,7 +68,7 @@ def work_lines(numbers: Mapping[str, Any], setting: Setting) -> list[str]:
              f"  memory {numbers['bytes'] / 1e9:.4g} GB: {milli(numbers['memory_seconds'])} at "
              f"{chip.bandwidth / share / 1e9:g} GB/s"]
     for one in numbers["kernels"]:
-        own = one["binding"] if one["known"] else f"{one['binding']} (no work written down for it)"
+        own = one["binding"] if one["known"] else f"{one['binding']} (no work is written down for this call)"
         lines.append(f"  kernel {one['name']} x {one['count']:.4g}: {milli(one['seconds'])} by {own}")
     for one in numbers["collectives"]:
         lines.append(f"  {one['kind']} x {one['count']:.4g} among {one['size']}: {one['bytes'] / 1e9:.4g} GB, sends "

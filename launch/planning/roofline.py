@@ -96,7 +96,7 @@ def roofline(work: Work, chip: Chip, granules: Sequence[int], causal: bool = Tru
         moved += item.times * item.bytes
         busy += item.times * max(products, item.bytes / bandwidth)
         for one in item.collectives:
-            crosses = any(len({granules[n] for n in row}) > 1 for row in one.groups.tolist())
+            crosses = one.between or any(len({granules[n] for n in row}) > 1 for row in one.groups.tolist())
             link = NETWORK[chip.link_name] if crosses else chip.link_name
             total = sent.setdefault((one.kind, one.groups.shape[1], link), [0.0] * 5)
             for n, value in enumerate((1.0, one.bytes, one.sent, one.seconds(chip, granules), float(one.shared))):

@@ -31,7 +31,7 @@ class Memory:
         """Bytes read and written by one run of it."""
         opcode, given = instruction.opcode, [where.instructions[name].shape for name in instruction.operands
                                              if name in where.instructions]
-        if opcode in FREE or opcode.endswith("-done"):
+        if opcode in FREE or opcode.endswith("-done") or opcode in ("send", "recv"):
             return 0
         if opcode == "custom-call" and instruction.attribute("custom_call_target").strip('"') in _MARKS:
             return 0

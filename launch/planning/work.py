@@ -13,7 +13,7 @@ from launch.planning.traffic import Memory
 _KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")
 _COST = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _FIELD = re.compile(r'"(\w+)":"?(\d+)')
-_KERNEL_NAME = re.compile(r'kernel_name[=":\\]+([\w.\-]+)')
+_KERNEL_NAME = re.compile(r'op_name="[^"]*?([^"/]+)/(?:pallas_call|mpmd_map|core_map)\b')
 
 
 class Kernel(NamedTuple):
@@ -120,5 +120,7 @@ def kernel_of(where: Computation, one: Instruction) -> Kernel | None:
     named = _KERNEL_NAME.search(one.rest)
     operands = tuple(a for name in one.operands if name in where.instructions
                      for a in where.instructions[name].shape)
-    return Kernel(named[1] if named and "tpu" not in target else re.sub(r"\.\d+.*$", "", one.name), one.shape, operands,
+    # On TPUs the instruction has the kernel's name; on GPUs its metadata has.
+    name = named[1] if named and "tpu" not in target else re.sub(r"\.\d+.*$", "", one.name)
+    return Kernel(name, one.shape, operands,
                   {name: int(n) for name, n in _FIELD.findall(cost[1])} if cost else {})

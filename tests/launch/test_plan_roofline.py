@@ -211,3 +211,34 @@ def test_shapes_are_read_with_their_tiles_and_spaces():
     assert np.prod(hlo.arrays("pred[]")[0].dims) == 1
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")
+
+
+def test_what_hosts_send_between_slices_goes_over_the_network():
+    line = ('  %send.1 = (f32[256]{0}, u32[], token[]) send(%x, %after), channel_id=4, is_host_transfer=true, '
+            'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n')
+    text = ("ENTRY %main (x: f32[256]) -> f32[256] {\n  %x = f32[256]{0} parameter(0)\n  %after = token[] "
+            f"after-all()\n{line}  ROOT %y = f32[256]{{0}} copy(%x)\n}}\n")
+    work = work_of(hlo.parse(text), on_chip=True, devices=8, unknown_trips=1)
+    (one,) = [sent for item in work.items for sent in item.collectives]
+    assert (one.kind, one.groups.shape, one.sent) == ("all-reduce", (1, 2), 1024)
+    found = roofline(work, CHIP, [0] * 4 + [1] * 4)
+    assert found.links == {"DCN": 1024 / 10}
+    with pytest.raises(ValueError, match="v4 between slices is not published"):
+        roofline(work, find_machine("v4-8").chip, [0] * 4 + [1] * 4)
+
+
+def test_kernels_of_gpus_have_the_name_in_their_metadata():
+    """A call that is one of several of a direction is bound by its bytes alone, of a table by the rows it may read."""
+    shapes = ("s32[512,128]{1,0}", "f32[65536,2,512]{2,1,0}", "bf16[512,512]{1,0}")
+    given = "".join(f"  %p{n} = {shape} parameter({n})\n" for n, shape in enumerate(shapes))
+    text = (f"ENTRY %main (p0: f32[]) -> f32[] {{\n{given}  ROOT %mpmd_map.1 = f32[512,128]{{1,0}} custom-call("
+            '%p0, %p1, %p2), custom_call_target="mosaic_gpu_v2", '
+            'metadata={op_name="jit(f)/peer_experts_forward_products/mpmd_map"}\n}\n')
+    work = work_of(hlo.parse(text), on_chip=False, devices=1, unknown_trips=1)
+    kernel = work.items[0].kernel
+    assert kernel.name == "peer_experts_forward_products"
+    chip = find_machine("A100").chip
+    found = kernel_bound(kernel, chip)
+    assert not found.known
+    rows = 512 * 128 * 512 * 4          # one vector of each chosen row, as many as the table has
+    assert found.parts == {"bytes": (rows + 2 * 512 * 128 * 4 + 512 * 512 * 2) / chip.bandwidth}
