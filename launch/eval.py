@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from launch import depth, eval_memorization, eval_preference
+from launch import depth, eval_harness, eval_memorization, eval_preference
 
 FOLDER = "eval"
 _COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".3f"),
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `lm eval`."""
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
-    parser.add_argument("--task", choices=("perplexity", eval_memorization.NAME, eval_preference.NAME),
-                        default="perplexity",
+    parser.add_argument("--task", default="perplexity",
+                        choices=("perplexity", eval_memorization.NAME, eval_preference.NAME, eval_harness.NAME),
                         help="what is measured (default: loss, perplexity, bits per byte and accuracy)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", dest="sets",
                         help="a text, JSONL or parquet file, folder or glob, besides those of the config; repeat it "
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_evaluation_arguments(parser)
     eval_memorization.add_arguments(parser)
     eval_preference.add_arguments(parser)
+    eval_harness.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -48,6 +49,9 @@ def main(args: argparse.Namespace) -> int:
     eval_preference.check(args)
     if args.task == eval_preference.NAME:
         return eval_preference.main(args)
+    eval_harness.check(args)
+    if args.task == eval_harness.NAME:
+        return eval_harness.main(args)
     given, settings = parse_sets(args.sets), depth.settings(args)
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)

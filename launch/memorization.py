@@ -10,7 +10,8 @@ from launch import config as configs
 from lm.core.fields import fill
 from lm.data.synthetic.recital import CONTROLS
 from lm.data.tokenizer import Tokenizer, special_ids
-from lm.eval.memorization import SET, Memorization, target_nats
+from lm.eval.documents import target_nats
+from lm.eval.memorization import SET, Memorization
 from lm.eval.memorization_options import MemorizationOptions
 from lm.eval.memorization_texts import matched, read_texts, texts_of
 from lm.eval.samples import encode_prompt

@@ -7,29 +7,25 @@ Shape legend: B texts of a batch, T longest of them.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lm.core.batch import Batch
 from lm.core.goldfish import Goldfish, dropped
-from lm.core.sharding import constrain
-from lm.core.types import Apply, Array, Key, Params, State
+from lm.core.types import Apply, Key, Params, State
 from lm.eval import membership
+from lm.eval.documents import target_nats
 from lm.eval.memorization_options import MemorizationOptions
 from lm.eval.memorization_texts import Matched, Text
 from lm.eval.overlap import common_substring, rouge_l
 from lm.generate.beam import beam_search
 from lm.generate.decode import generate
 from lm.generate.sampling import GREEDY
-from lm.losses.cross_entropy import token_scores
 
 SET = "memorization"
-MULTIPLE = 64  # rows are padded to a multiple of it, so that few lengths are compiled
 MEANS = ("exact_match", "rouge_l", "longest_match", "beam_exact_match", "beam_any_match", "beam_rouge_l")
 SCORES = ("loss", "zlib", "min_k", "reference")
 
@@ -141,26 +137,3 @@ def hidden_targets(goldfish: Goldfish, ids: np.ndarray) -> np.ndarray:
     """[n - 1] bool: the targets of a document that the mask drops, where its first token begins a row."""
     one, places = np.ones((1, len(ids) - 1), np.int32), np.arange(len(ids) - 1, dtype=np.int32)[None]
     return dropped(goldfish, Batch(ids[None, :-1], ids[None, 1:], one.astype(np.float32), one, places))[0]
-
-
-def target_nats(apply: Apply, params: Params, documents: Sequence[np.ndarray], batch_size: int) -> list[np.ndarray]:
-    """-log p of every token of each document but the first, [n - 1] float64, nats."""
-    length = -(-max(len(ids) for ids in documents) // MULTIPLE) * MULTIPLE
-    out = []
-    for start in range(0, len(documents), batch_size):
-        part = documents[start:start + batch_size]
-        tokens, targets, segments = (np.zeros((batch_size, length), np.int32) for _ in range(3))
-        for row, ids in enumerate(part):
-            tokens[row, :len(ids)], targets[row, :len(ids) - 1], segments[row, :len(ids)] = ids, ids[1:], 1
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        found = np.asarray(_nats(apply, params, Batch(tokens, targets, segments, segments, positions)), np.float64)
-        out += [row[:len(ids) - 1] for row, ids in zip(found, part, strict=False)]
-    return out
-
-
-@functools.partial(jax.jit, static_argnames="apply")
-def _nats(apply: Apply, params: Params, batch: Batch) -> Array:
-    """[B, T]."""
-    batch = Batch(*(constrain(field, "batch", "length") for field in batch))
-    out = apply(params, batch.tokens, reset=batch.reset, positions=batch.positions, weights=batch.present)
-    return constrain(-token_scores(out.hidden, out.head, batch.targets).logp, None, None)

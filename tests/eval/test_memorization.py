@@ -12,7 +12,8 @@ from lm.core.types import Head, Output
 from lm.data.options import DataOptions
 from lm.data.synthetic.ids import Ids
 from lm.eval.base import evaluate
-from lm.eval.memorization import Memorization, hidden_targets, target_nats
+from lm.eval.documents import target_nats
+from lm.eval.memorization import Memorization, hidden_targets
 from lm.eval.memorization_figure import draw
 from lm.eval.memorization_options import MemorizationOptions
 from lm.eval.memorization_texts import matched, read_texts, texts_of
