@@ -74,7 +74,9 @@ class Checkpoints:
                                                          meta=ocp.args.JsonSave(dict(meta))), metrics=best or None)
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """(state, meta) of a step, the newest by default, on the devices and in the shardings that `abstract` names."""
+        """(state, meta) of a step, the newest by default, on the devices and in the shardings that `abstract` names.
+        Waits for what is being saved."""
+        self.wait()
         step = self._choose(step)
         base = bases.base_of(self._folder / str(step))
         held = abstract if base is None else _replaced(abstract, bases.apart)
@@ -139,7 +141,10 @@ def _replaced(state: TrainState, part: Callable[[Any], Any]) -> TrainState:
 def saved_shapes(path: epath.Path) -> Any:
     """What the checkpoint folder `path` holds: the tree of a `TrainState` as dicts, with leaves that have a shape."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.metadata(path / "state").item_metadata.tree
+        found = reader.metadata(path / "state").item_metadata
+    if found is None:
+        raise ValueError("it does not say which arrays it holds (its _METADATA is missing)")
+    return found.tree
 
 
 def misfit(saved: Any, abstract: Any) -> str:

@@ -17,7 +17,8 @@ from lm.models.build import build_model, init_params, make_apply
 
 VOCAB = 10
 BASE = dict(embed_dim=16, num_layers=3, prefix=("attention/mlp",), pattern=("attention/mlp",),
-            attention=dict(num_heads=2), mlp=dict(mlp_dim=24), dtype="float32", vocab_multiple=8, embed_std=0.2)
+            attention=dict(num_heads=2), rwkv6=dict(head_dim=8), mlp=dict(mlp_dim=24), dtype="float32",
+            vocab_multiple=8, embed_std=0.2)
 DEPTH = dict(coda=("attention/mlp",), mean=4.0)
 TOKENS = jax.random.randint(jax.random.key(1), (3, 9), 0, VOCAB)
 
