@@ -25,6 +25,7 @@ from lm.models.recurrent_depth import check_recurrent
 from lm.train.feed import data_shard, to_device
 
 BASELINE = "bigram"
+_SHOWN = (("loss", "loss"), ("accuracy", "accuracy"), ("reward_auc", "reward AUC"))
 
 
 class Evaluation:
@@ -74,14 +75,12 @@ class Evaluation:
             self.baselines[BASELINE] = score.bits_per_byte
         metrics = evaluate(self._evaluators, self._apply, params)
         for name, values in by_set(metrics).items():
-            line = f"step {step}: {name} loss {values['loss']:.4f}"
-            if "bits_per_byte" not in values:
-                line += f", accuracy {values['accuracy']:.4f}"
-            else:
-                line += f", {values['bits_per_byte']:.3f} bits per byte"
+            line = ", ".join(f"{words} {values[key]:.4f}" for key, words in _SHOWN if key in values)
+            if "bits_per_byte" in values:
+                line = f"loss {values['loss']:.4f}, {values['bits_per_byte']:.3f} bits per byte"
                 if name == VALIDATION and self.baselines:
                     line += f" (bigram of the training split: {self.baselines[BASELINE]:.3f})"
-            note(line)
+            note(f"step {step}: {name} {line}")
         if self._memorization is not None:
             metrics |= evaluate([self._memorization], self._apply, params)
             note(f"step {step}: memorization {summary(metrics)}")

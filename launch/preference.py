@@ -55,6 +55,16 @@ def check(config: Any, data: Any, train: Any) -> None:
                          "set config.train.lora_rank, or reference='copy'")
 
 
+def check_rows(config: Any, train_set: Any) -> None:
+    """Raises ValueError where the loss compares pairs, and the rows hold none."""
+    from lm.losses.preference import Kto
+    objective = objective_of(config)
+    if objective is not None and not isinstance(objective.loss, Kto) and getattr(train_set, "num_pairs", None) == 0:
+        raise ValueError(f"config.loss.{loss_of(config)} compares the responses of pairs, and config.data holds "
+                         f"{train_set.num_documents} responses that stand alone and no pair; use config.loss.kto, "
+                         f"which learns from these, or data with chosen and rejected responses")
+
+
 def mismatched(data: Any) -> bool:
     """Whether rows hold responses to other prompts."""
     return data.build_task().mismatched if data.kind != "pairs" else data.mismatched

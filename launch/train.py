@@ -122,6 +122,7 @@ def prepare(config: Any) -> Prepared:
     """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled."""
     from launch import config as configs
     from launch.distill import check_teacher
+    from launch.preference import check_rows
     from launch.recipe import recipe_of
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
@@ -144,6 +145,7 @@ def prepare(config: Any) -> Prepared:
     train_set = build_dataset(data, split="train", seed=options.seed, batch_size=options.batch_size,
                               seq_len=options.seq_len, corpora=corpora, goldfish=None if on_device else goldfish)
     check_teacher(config.loss, train_set)
+    check_rows(config, train_set)
     model = build_model(config.model.to_dict(), corpora.tokenizer.vocab_size)
     check_mesh(model, mesh.shape)
     recipe = recipe_of(model, options, configs.options(config, "optimizer"), config.loss.to_dict())

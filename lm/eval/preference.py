@@ -16,6 +16,7 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.core.sharding import constrain
 from lm.core.types import Apply, Array, Key, Mean, Output, Params
+from lm.eval.membership import auc
 from lm.eval.sets import EvalSet
 from lm.losses.cross_entropy import token_scores
 from lm.losses.preference.base import PreferenceLoss
@@ -41,7 +42,11 @@ class Preference:
     own, or adapters without which they are it; a batch may bring the reference's log-probabilities. Without any, a loss
     that needs one is judged by mean log-probabilities.
 
-    Raises ValueError for a set without pairs.
+    A set without any pair, of responses that stand alone, is measured a side: what of the above is of chosen or
+    rejected responses by themselves, margins of their means, and reward_auc, the probability that a chosen one has a
+    larger reward than a rejected one.
+
+    Raises ValueError for a set without responses.
     """
 
     sets: Mapping[str, EvalSet]
@@ -60,20 +65,24 @@ class Preference:
         for batch in given.batches():
             batch = batch if self.place is None else self.place(batch)
             pairs, means = jax.device_get(score_pairs(apply, params, batch, self.loss, self.chunk))
-            found.append({name: values[pairs["paired"]] for name, values in pairs.items()})
+            there = pairs["chosen"] | pairs["rejected"]
+            found.append({name: values[there] for name, values in pairs.items()})
             for name, mean in means.items():
                 before = totals.get(name, (0.0, 0.0))
                 totals[name] = (before[0] + float(mean.total), before[1] + float(mean.count))
-        pairs = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in found[0]}
-        if not len(pairs["paired"]):
-            raise ValueError("an evaluation set holds no pair of a chosen and a rejected response")
-        return {**{name: total / max(count, 1) for name, (total, count) in totals.items()}, **metrics_of(pairs)}
+        groups = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in found[0]}
+        if not len(groups["chosen"]):
+            raise ValueError("an evaluation set holds no chosen or rejected response")
+        paired = (groups["chosen"] > 0) & (groups["rejected"] > 0)
+        pairs = {name: values[paired] for name, values in groups.items()}
+        own = metrics_of(pairs) if paired.any() else sides_of(groups)
+        return {**{name: total / count for name, (total, count) in totals.items() if count}, **own}
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "loss", "chunk"))
 def score_pairs(apply: Apply, params: Params, batch: Batch, loss: PreferenceLoss,
                 chunk: int | None) -> tuple[dict[str, Array], dict[str, Mean]]:
-    """(values of every group [B, G], those of pairs where `paired`; sums over tokens) of one batch."""
+    """(values of every group [B, G], a side's where `chosen` or `rejected` is there; sums over tokens) of one batch."""
     batch = jax.tree.map(lambda field: constrain(field, "batch", "length"), batch)
     own, beside = split_reference(params)
     run = lambda variables: apply(variables, batch.tokens, reset=batch.reset, positions=batch.positions,
@@ -94,11 +103,12 @@ def score_pairs(apply: Apply, params: Params, batch: Batch, loss: PreferenceLoss
 
 
 def values_of(loss: PreferenceLoss, groups: Groups) -> dict[str, Array]:
-    """What is kept of each pair."""
+    """What is kept of each group."""
     chosen, rejected = groups.chosen, groups.rejected
     known = chosen.reference is not None or not loss.needs_reference
     reward = loss.reward if known else lambda responses: responses.mean_logp
-    return {"paired": groups.paired, "chosen_logp": chosen.mean_logp, "rejected_logp": rejected.mean_logp,
+    return {"chosen": chosen.present, "rejected": rejected.present,
+            "chosen_logp": chosen.mean_logp, "rejected_logp": rejected.mean_logp,
             "chosen_reward": reward(chosen), "rejected_reward": reward(rejected),
             "log_odds_ratio": log_odds(chosen.mean_logp) - log_odds(rejected.mean_logp),
             "chosen_length": chosen.length, "rejected_length": rejected.length,
@@ -107,7 +117,7 @@ def values_of(loss: PreferenceLoss, groups: Groups) -> dict[str, Array]:
 
 def metrics_of(pairs: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Metrics of pairs [N], see `Preference`."""
-    n = len(pairs["paired"])
+    n = len(pairs["chosen"])
     finite = pairs["finite"] > 0
     wins = np.where(finite, share_of(pairs["chosen_reward"] - pairs["rejected_reward"]), 0)
     longer = share_of(pairs["chosen_length"] - pairs["rejected_length"])
@@ -121,6 +131,19 @@ def metrics_of(pairs: Mapping[str, np.ndarray]) -> dict[str, float]:
         "logp_margin": mean("chosen_logp") - mean("rejected_logp"), "log_odds_ratio": mean("log_odds_ratio"),
         "reward_margin": mean("chosen_reward") - mean("rejected_reward"), "chosen_length": mean("chosen_length"),
         "rejected_length": mean("rejected_length"), "pairs": float(n), "nonfinite_pairs": float(n - finite.sum())}
+
+
+def sides_of(groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Metrics of responses that stand alone [N], see `Preference`; of a side that has none there is nothing."""
+    sides = {side: groups[side] > 0 for side in ("chosen", "rejected")}
+    out = {f"{side}_{name}": float(groups[f"{side}_{name}"][there].mean()) for side, there in sides.items()
+           for name in ("logp", "length") if there.any()}
+    out |= {"pairs": 0.0, "nonfinite_responses": float((groups["finite"] == 0).sum())}
+    if all(there.any() for there in sides.values()):
+        good, bad = (groups[f"{side}_reward"][there] for side, there in sides.items())
+        out |= {"logp_margin": out["chosen_logp"] - out["rejected_logp"],
+                "reward_margin": float(good.mean() - bad.mean()), "reward_auc": auc(-good, -bad)}
+    return out
 
 
 def share_of(difference: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from lm.core.types import Head, Output
 from lm.eval.preference import Preference, interval
 from lm.eval.sets import EvalSet
 from lm.eval.win_rate import LogProbability, chosen_of, end_tokens, win_rate
-from lm.losses.preference import Dpo, Orpo
+from lm.losses.preference import Dpo, Kto, Orpo
 from lm.losses.preference import reference as reference_module
 from lm.losses.preference.reference import REFERENCE, divergence, split_reference
 
@@ -96,9 +96,29 @@ def test_interval_of_a_share():
     assert (low, high) == (pytest.approx(0.2366, abs=1e-3), pytest.approx(0.7634, abs=1e-3))
 
 
-def test_a_set_without_pairs_is_refused():
-    empty = {"none": EvalSet(lambda: iter([rows_of([[{0: ([1], [2])}]], 8)]))}
-    with pytest.raises(ValueError, match="holds no pair"):
+def test_responses_that_stand_alone_are_measured_a_side():
+    """Every second group keeps its chosen response, the others their rejected one: what KTO learns from."""
+    params, other = table_params(), table_params(1)
+    alone = [{n % 2: group[n % 2]} for n, group in enumerate(GROUPS)]
+    rows = [rows_of([alone[:3], alone[3:5]], 60), rows_of([alone[5:], []], 60)]
+    single = {"pairs": EvalSet(lambda: iter(rows))}
+    found = {name.removeprefix("eval/pairs/"): value
+             for name, value in Preference(single, Kto())(table_apply, {**params, REFERENCE: other})}
+    ratio = [summed(params, *group[n % 2]) - summed(other, *group[n % 2]) for n, group in enumerate(GROUPS)]
+    good, bad = ratio[::2], ratio[1::2]
+    assert found["reward_margin"] == pytest.approx(0.1 * (np.mean(good) - np.mean(bad)), rel=1e-4)
+    assert found["reward_auc"] == pytest.approx(np.mean([a > b for a in good for b in bad]))
+    lengths = [len(group[n % 2][1]) for n, group in enumerate(GROUPS)]
+    assert found["chosen_length"] == np.mean(lengths[::2]) and found["rejected_length"] == np.mean(lengths[1::2])
+    assert found["pairs"] == 0 and "accuracy" not in found and np.isfinite(found["loss"])
+    bad_alone = {"bad": EvalSet(lambda: iter([rows_of([[{1: ([1], [2])}]], 8)]))}
+    found = dict(Preference(bad_alone, Kto())(table_apply, {**params, REFERENCE: other}))
+    assert "eval/bad/loss" not in found and "eval/bad/reward_auc" not in found and "eval/bad/rejected_logp" in found
+
+
+def test_a_set_without_responses_is_refused():
+    empty = {"none": EvalSet(lambda: iter([rows_of([[]], 8)]))}
+    with pytest.raises(ValueError, match="holds no chosen or rejected response"):
         dict(Preference(empty, Orpo())(table_apply, table_params()))
 
 

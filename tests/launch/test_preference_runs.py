@@ -33,8 +33,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, name, loss, steps=STEPS, **train):
-    made = dict(model=MODEL, loss=loss, data=dict(source="pairs", path=str(folder / "pairs")),
+def run(folder, name, loss, steps=STEPS, data=None, **train):
+    made = dict(model=MODEL, loss=loss, data=data or dict(source="pairs", path=str(folder / "pairs")),
                 optimizer=dict(name="sgd", learning_rate=0.5, schedule="constant", warmup_steps=0),
                 train=dict(steps=steps, batch_size=8, seq_len=48) | train,
                 eval=dict(every=1000), log=dict(every=1, tensorboard=False))
@@ -103,6 +103,35 @@ def test_adapters_alone_learn_and_the_model_without_them_is_the_reference(folder
                      f"logprob:{folder / 'base'}", "--responses", "8", "--set", f"again={folder / 'pairs'}"]) == 0
     said = capsys.readouterr().out
     assert "win rate by length alone" in said and "length baseline" in said and "again" in said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Responses that are good or bad by themselves, prepared as `pairs`."""
+    folder = tmp_path_factory.mktemp("alone")
+    records = [dict(prompt=f"{i}?", completion="yes" * (1 + i % 3), label=i % 2 == 0) for i in range(60)]
+    (folder / "alone.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert cli.main(["data", "prepare", "--kind", "preference", "--source", "jsonl", "--path",
+                     str(folder / "alone.jsonl"), "--tokenizer", '{"kind": "bytes", "eos_id": 256}', "--template",
+                     "text", "--validation-fraction", "0.2", "--out", str(folder / "pairs")]) == 0
+    return folder
+
+
+def test_a_loss_of_pairs_is_refused_before_it_trains_on_none(alone, capsys):
+    assert run(alone, "orpo", dict(orpo=1.0)) == 2
+    said = capsys.readouterr().err
+    assert "config.loss.orpo compares the responses of pairs" in said and "use config.loss.kto" in said
+
+
+@pytest.mark.slow
+def test_kto_learns_from_responses_that_stand_alone_and_is_evaluated(alone, capsys):
+    config = dict(source="pairs", path=str(alone / "pairs"), mismatched=True)
+    assert run(alone, "kto", dict(kto={}), steps=2, data=config) == 0
+    assert "reward AUC" in capsys.readouterr().err
+    held = rows(alone, "kto")[1]
+    assert 0 <= held["eval/validation/reward_auc"] <= 1 and "eval/validation/accuracy" not in held
+    assert cli.main(["eval", "--workdir", str(alone / "kto"), "--task", "preference"]) == 0
+    assert "good above bad" in capsys.readouterr().out
 
 
 @pytest.mark.slow
