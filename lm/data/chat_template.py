@@ -28,7 +28,8 @@ _CHATML = """\
 """
 
 _PLAIN = """\
-{%- if not eos_token %}{{ raise_exception('the template plain ends answers with eos, and the tokenizer has none') }}
+{%- if not eos_token %}{{ raise_exception('the template plain ends answers with eos, and the tokenizer has none; ' +
+    'take the template text or chatml, or a tokenizer with an eos') }}
 {%- endif %}
 {%- for message in messages %}
 {{- message['role'] | capitalize + ':\\n' + message['content'] + (eos_token if message['role'] == 'assistant' else '') +

@@ -174,7 +174,7 @@ def test_a_template_may_refuse_but_not_reach_python():
         load_template("chatlm", tokenizer)
     with pytest.raises(ValueError, match="brings no chat template"):
         load_template(None, tokenizer)
-    with pytest.raises(BadChat, match="the tokenizer has none"):
+    with pytest.raises(BadChat, match="the tokenizer has none; take the template text"):
         render(CHAT, load_template("plain", tokenizer), tokenizer)
 
 

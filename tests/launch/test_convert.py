@@ -143,7 +143,8 @@ def test_what_is_wrong_leaves_nothing_behind(rwkv, tmp_path, capsys):
     large = {n: np.pad(a, ((0, 50), (0, 0))) if n in ("emb.weight", "head.weight") else a for n, a in tensors.items()}
     write_safetensors(bad, large)
     assert "brings no tokenizer for its 306 token ids" in refused(bad, "--workdir", tmp_path / "run")
-    assert "no file or folder" in refused(tmp_path / "absent.pth", "--workdir", tmp_path / "run")
+    absent = refused(tmp_path / "absent.pth", "--workdir", tmp_path / "run")
+    assert "no file or folder" in absent and "nothing is downloaded" in absent
     write_safetensors(bad, tensors)
     message = refused(bad, "--workdir", tmp_path / "run", "--config.model.widt=3")
     assert "config has no field 'config.model.widt'" in message

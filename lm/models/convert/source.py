@@ -47,7 +47,8 @@ def read_weights(path: pathlib.Path) -> Weights:
         return _folder(path)
     if not path.is_file():
         near = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise FileNotFoundError(f"there is no file or folder {str(path)!r}{near}")
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}{near}; nothing is downloaded here: give the "
+                                f"place of the weights on this machine")
     with path.open("rb") as file:
         head = file.read(16)
     if head[:4] == gguf_file.MAGIC:
