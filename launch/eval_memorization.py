@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 
 NAME = "memorization"
 FLAGS = {"members": "FILE", "controls": "FILE", "prefix": "N", "suffix": "N", "beams": "N", "min_k": "SHARE",
@@ -52,6 +53,9 @@ def main(args: argparse.Namespace) -> int:
     given = {**run.config.eval.to_dict().get("memorization", {}), **flags}
     reference = None
     if args.reference is not None:
+        if os.path.realpath(args.reference) == os.path.realpath(args.workdir):
+            raise ValueError(f"--reference {args.reference} is the run itself, whose ratio to itself is 1 for every "
+                             f"text; give a run that was not trained on the members, or leave it out")
         reference = reference_of(open_run(args.reference), given.get("batch_size", 16))
     evaluator = memorization_of(run.config, given, run.model, run.tokenizer, where=f"--task {NAME}",
                                 reference=reference)

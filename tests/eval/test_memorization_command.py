@@ -3,6 +3,7 @@ itself."""
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -53,12 +54,13 @@ def test_texts_of_files_are_measured_and_kept(workdir, files, capsys):
 
 
 @pytest.mark.slow
-def test_a_beam_search_and_a_reference(workdir, files, capsys):
-    assert evaluate(workdir, *files, "--suffix", "12", "--beams", "3", "--reference", workdir, "--json") == 0
+def test_a_beam_search_and_a_reference(workdir, files, capsys, tmp_path):
+    other = str(shutil.copytree(workdir, tmp_path / "copy"))
+    assert evaluate(workdir, *files, "--suffix", "12", "--beams", "3", "--reference", other, "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["metrics"]["beam_any_match"] == 0 and said["reference"] == workdir
+    assert said["metrics"]["beam_any_match"] == 0 and said["reference"] == other
     kept = json.loads((pathlib.Path(workdir) / "eval" / "memorization-8.json").read_text())
-    assert [text["reference"] for text in kept["texts"]] == pytest.approx([1.0] * 4), "the run is its own reference"
+    assert [text["reference"] for text in kept["texts"]] == pytest.approx([1.0] * 4), "a copy of the run"
 
 
 @pytest.mark.parametrize("words, message", [
@@ -68,6 +70,11 @@ def test_a_beam_search_and_a_reference(workdir, files, capsys):
 def test_what_says_nothing_is_refused(workdir, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(workdir, *words)
+
+
+def test_a_run_is_no_reference_for_itself(workdir, files):
+    with pytest.raises(ValueError, match=r"is the run itself.*not trained on the members"):
+        evaluate(workdir, *files, "--suffix", "12", "--reference", f"{workdir}/.")
 
 
 def test_flags_of_the_task_need_the_task(workdir):
