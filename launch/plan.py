@@ -118,7 +118,7 @@ def _on_target(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         elif found is None:
             tell("no change that was tried fits; take a larger machine, or fewer or shorter rows")
     if args.json:
-        shown = [plan] if found in (plan, None) else [plan, found]
+        shown = [plan] if found is None or found is plan else [plan, found]
         print(json.dumps([report.data(one, setting) for one in shown], indent=2))
     return 0 if plan.fits else 1
 

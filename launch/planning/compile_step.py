@@ -27,8 +27,10 @@ from lm.core.sharding import make_mesh
 from pallas_kernels import gpu
 from pallas_kernels.aot.compilation import short_reason
 
-# "Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm."
+# "Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm." counts all, and "the total memory required for HLO
+# temporaries (40.00G) exceeds available HBM (15.75G)" no arguments.
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -64,10 +66,10 @@ def compile_step(asked: dict[str, Any]) -> dict[str, Any]:
         try:
             compiled = lowered.compile()
         except Exception as error:
-            found = out_of_memory(error)
+            found = out_of_memory(error, program.held)
             if found is None:
                 raise
-            return {**found, **program.held}
+            return found
         times.append(time.perf_counter())
         logging.info("compiled in %.1f s", times[3] - times[2])
     with gzip.open(asked["program"], "wt", compresslevel=3) as file:
@@ -88,15 +90,17 @@ def granule(device: Any) -> int:
     return device.id // GPUS_A_HOST if device.platform in ("cuda", "gpu") else getattr(device, "slice_index", 0)
 
 
-def out_of_memory(error: BaseException) -> dict[str, Any] | None:
-    """{"status": "too large", used, usable}: what the compiler said that it needs, in bytes a device; None for other
-    errors."""
-    found = _USED.search(str(error))
+def out_of_memory(error: BaseException, held: dict[str, int]) -> dict[str, Any] | None:
+    """{"status": "too large", used, usable} with what is held: what the compiler said that it needs, in bytes a device;
+    None for other errors."""
+    found, more = _USED.search(str(error)), 0
+    if found is None:
+        found, more = _TEMPORARIES.search(str(error)), sum(held.values())
     if found is None:
         return None
     size = lambda number, unit: int(float(number) * _UNITS[unit])
-    return dict(status="too large", used=size(*found.groups()[:2]), usable=size(*found.groups()[2:]),
-                reason=short_reason(error))
+    return dict(status="too large", used=size(*found.groups()[:2]) + more, usable=size(*found.groups()[2:]),
+                reason=short_reason(error), **held)
 
 
 def main(arguments: list[str]) -> int:

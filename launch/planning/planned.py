@@ -59,9 +59,6 @@ def make_plan(config: Any, setting: Setting, flags: Sequence[str] = ()) -> Plan:
         model = build_model(config.model.to_dict(), tokenizer.vocab_size)
         numbers = figures(result, machine, unknown_trips=1.0 if setting.decode else unheard(model),
                           causal=causal(model), **needed(config, model, setting.decode))
-        usable = result.get("usable")
-        if usable:
-            numbers["fits"] = numbers["total"] <= usable
     return Plan(config, full_mesh(config, machine), tuple(flags), result, numbers)
 
 

@@ -19,7 +19,7 @@ def propose(plan: Plan, setting: Setting, resolve: Callable[[Flags], Any], tries
     """The first plan that fits, None where the changes or the tries ran out. resolve: the config with flags added."""
     flags: Flags = {}
     for _ in range(tries):
-        change = next_change(plan, setting.machine)
+        change = next_change(plan, setting.machine, decode=setting.decode is not None)
         if change is None:
             return None
         flags |= change
@@ -37,10 +37,10 @@ def propose(plan: Plan, setting: Setting, resolve: Callable[[Flags], Any], tries
     return None
 
 
-def next_change(plan: Plan, machine: Machine) -> Flags | None:
+def next_change(plan: Plan, machine: Machine, decode: bool = False) -> Flags | None:
     """What to change next, by what the memory goes to: state that is held whole on every device is split over `fsdp`,
-    then the backward pass recomputes more, then the batch is run in more pieces, then `tensor` splits widths. None
-    where nothing is left, or nothing is known of the memory."""
+    then the backward pass recomputes more, then the batch is run in more pieces, then `tensor` splits widths; of a
+    decode step the mesh alone. None where nothing is left, or nothing is known of the memory."""
     need = needs(plan)
     if need is None:
         return None
@@ -49,13 +49,13 @@ def next_change(plan: Plan, machine: Machine) -> Flags | None:
     rows = math.prod(mesh[axis] for axis in BATCH_AXES)
     if mesh["data"] > 1 and state > STATE * machine.gib:
         return _split(mesh, machine)
-    if config.model.get("remat", "none") != "full":
+    if not decode and config.model.get("remat", "none") != "full":
         return {"model.remat": "full"}
     pieces, batch = config.train.microbatches, config.train.batch_size
     times = 2 ** max(1, math.ceil(math.log2(max(1.0, (need - state) / max(room - state, 1e-9)))))
     while times > 1 and batch % (rows * pieces * times):
         times //= 2
-    if times > 1 and room > state:
+    if times > 1 and room > state and not decode:
         return {"train.microbatches": pieces * times}
     if mesh["data"] > 1:
         return _split(mesh, machine)

@@ -13,6 +13,7 @@ FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcas
 _MARKS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart",
           "AsyncCollectiveDone", "Sharding", "annotate_device_placement")
 _PARTS = ("dynamic-slice", "slice", "gather")
+_IN_PLACE = ("dynamic-update-slice", "scatter")
 _SAME = ("bitcast", "reshape")
 HOST_SPACE = 5
 
@@ -39,9 +40,10 @@ class Memory:
             return self._fusion(module, where, instruction)
         if opcode in _PARTS:
             return self._part(instruction, given)
-        if opcode in ("dynamic-update-slice", "scatter"):
+        if opcode in _IN_PLACE:
             update = given[1] if opcode == "dynamic-update-slice" else given[-1]
-            return self.bytes(*update) + self._like(update, instruction.shape)
+            again = 1 if opcode == "dynamic-update-slice" else 2
+            return self.bytes(*update) + again * self._like(update, instruction.shape)
         if opcode.endswith("-start"):  # copies between memories; collectives
             out = instruction.shape[len(given):] or instruction.shape
             if opcode == "slice-start":
@@ -88,7 +90,7 @@ class Memory:
                     waiting.append(user)
                 elif user.opcode in _PARTS and user.operands[0] == at.name:
                     total += self._like(user.shape, outside)
-                elif user.opcode == "dynamic-update-slice" and user.operands[0] == at.name:
+                elif user.opcode in _IN_PLACE and user.operands[0] == at.name:
                     continue
                 elif user.opcode == "fusion":
                     deeper = module.computations[user.called()[0]]
@@ -107,4 +109,6 @@ class Memory:
             return 0
         if made.opcode == "dynamic-update-slice":
             return self._like(inner.instructions[made.operands[1]].shape, shape)
+        if made.opcode == "scatter":    # reads what it adds to
+            return 2 * self._like(inner.instructions[made.operands[-1]].shape, shape)
         return self.bytes(*shape)

@@ -242,3 +242,30 @@ def test_kernels_of_gpus_have_the_name_in_their_metadata():
     assert not found.known
     rows = 512 * 128 * 512 * 4          # one vector of each chosen row, as many as the table has
     assert found.parts == {"bytes": (rows + 2 * 512 * 128 * 4 + 512 * 512 * 2) / chip.bandwidth}
+
+
+def test_a_scatter_touches_the_rows_that_it_adds_to():
+    """Ids and updates read, and the rows read and written: not the table."""
+    text = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%fused (t: f32[1000,16], i: s32[4,1], u: f32[4,16]) -> f32[1000,16] {
+  %t = f32[1000,16]{1,0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %u = f32[4,16]{1,0} parameter(2)
+  ROOT %r = f32[1000,16]{1,0} scatter(%t, %i, %u), to_apply=%add
+}
+
+ENTRY %main (t.1: f32[1000,16], i.1: s32[4,1], u.1: f32[4,16]) -> f32[1000,16] {
+  %t.1 = f32[1000,16]{1,0} parameter(0)
+  %i.1 = s32[4,1]{1,0} parameter(1)
+  %u.1 = f32[4,16]{1,0} parameter(2)
+  ROOT %f = f32[1000,16]{1,0} fusion(%t.1, %i.1, %u.1), kind=kCustom, calls=%fused
+}
+"""
+    (item,) = work_of(hlo.parse(text), on_chip=True, devices=1, unknown_trips=1).items
+    assert item.bytes == 4 * 4 + 3 * 4 * 16 * 4

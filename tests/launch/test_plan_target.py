@@ -197,6 +197,18 @@ def test_loops_that_draw_their_trips_are_taken_at_the_mean():
     assert unheard(build_model(dense().model.to_dict(), 256)) == 1.0
 
 
+def test_compilers_say_in_two_ways_that_memory_is_short():
+    from launch.planning.compile_step import out_of_memory
+    held = dict(params=GIB, optimizer=2 * GIB, other=0)
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm. Exceeded"
+    parts = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (40.00G) "
+             "exceeds available HBM (15.75G).")
+    found = out_of_memory(RuntimeError(whole), held)
+    assert (found["status"], found["used"], found["usable"]) == ("too large", 18.25 * GIB, 15.75 * GIB)
+    assert out_of_memory(RuntimeError(parts), held)["used"] == 43 * GIB
+    assert out_of_memory(RuntimeError("out of luck"), held) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sparse", [None, "adamw"])
 @pytest.mark.parametrize("machine", ["v5e-8", "h100-8"])
@@ -225,6 +237,20 @@ def test_steps_of_all_kinds_of_slices_compile(python_with_libtpu, monkeypatch, t
         assert asked.machine.devices == 1 or decode or plan.numbers["collectives"]
         links = set(plan.numbers["link_seconds"])
         assert ("DCN" in links) == (machine.startswith("2x") and decode is None), links
+
+
+@pytest.mark.slow
+def test_what_a_compiler_finds_too_large_is_changed_until_it_fits(python_with_libtpu, monkeypatch, tmp_path):
+    """Of one v5e chip; what is kept of eight wide blocks without rematerialization is more than it has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked, told = Setting(find_machine("v5e-1"), python_with_libtpu, "compiler", 1800.0, None, Bytes()), []
+    config = dense(model=dict(embed_dim=1024, num_layers=8, attention=dict(num_heads=8), mlp=dict()),
+                   train=dict(batch_size=64, seq_len=1024))
+    plan = make_plan(config, asked)
+    assert plan.result["status"] == "too large", plan.result
+    found = propose(plan, asked, resolver(config), 4, told.append)
+    assert found is not None and found.fits, told
+    assert "--config.model.remat=full" in found.flags
 
 
 @pytest.mark.slow
