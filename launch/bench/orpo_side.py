@@ -1,7 +1,7 @@
 """Our side of `lm bench orpo`: the train step that `lm train` runs with loss=dict(orpo=...), from the same weights.
 
-Arguments: T, ids of the vocabulary, file of the weights, and "chunked" (as by default: the logits of a part of a row at
-a time, made again in the backward pass) or "whole" (those of all rows, kept).
+Arguments: T, ids of the vocabulary, file of the weights, and "default" or "chunked" (the logits of a part of a row at a
+time, as many as where they do not fit, made again in the backward pass).
 """
 
 import sys
@@ -17,6 +17,7 @@ from launch.bench.side import serve
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
 from lm.core.tree import num_params
+from lm.losses.cross_entropy import CHUNK_ELEMENTS
 from lm.models.build import abstract_params, build_model, make_apply
 from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
@@ -39,6 +40,11 @@ def rows(seq_len: int, vocab: int) -> Batch:
     return Batch(tokens, targets, twice(answered, np.float32), segments, twice(place, np.int32))
 
 
+def chunk(vocab: int) -> int:
+    """Positions of a row whose logits exist at a time where those of all are too many to be held."""
+    return max(1, CHUNK_ELEMENTS // (PAIRS * vocab))
+
+
 def build():
     """(step, facts)."""
     seq_len, vocab = int(sys.argv[1]), int(sys.argv[2])
@@ -54,7 +60,7 @@ def build():
         eps=sizes.EPS, weight_decay=0.0, clip_norm=None), shapes, 1000)
     # As TRL has it by default: the likelihood is that of the prompt too, a mean over tokens.
     objective = build_objective({"orpo": {"odds_weight": ODDS_WEIGHT, "sft_tokens": "all", "sft_average": "tokens"},
-                                 "chunk": 2 * seq_len if sys.argv[4] == "whole" else None})
+                                 "chunk": chunk(vocab) if sys.argv[4] == "chunked" else None})
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
     batch = to_device(rows(seq_len, vocab), mesh, 0, 1)
     state = Recipe(lambda key: weights, boxed, optimizer).create(0, mesh)
