@@ -32,6 +32,14 @@ def check(args: argparse.Namespace) -> None:
                              f"of them out")
 
 
+def check_width(name: str, beams: int, tokenizer: Any) -> None:
+    """Raises ValueError for more beams than there are tokens: memory grows with them, and most begin as copies."""
+    size = tokenizer.vocab_size
+    if beams > size:
+        raise ValueError(f"{name}={beams} is more than the {size} tokens of the vocabulary, with which a text can go "
+                         f"on; give at most {size}")
+
+
 def write(run: Any, prompts: Sequence[str], args: argparse.Namespace) -> int:
     """Searches for each prompt in turn and prints its best texts."""
     import jax
@@ -39,6 +47,7 @@ def write(run: Any, prompts: Sequence[str], args: argparse.Namespace) -> int:
     from launch.generate import warn_if_long
     from lm.eval.samples import encode_prompt, stop_tokens
     from lm.generate.beam import beam_search
+    check_width("--beams", args.beams, run.tokenizer)
     ids = [encode_prompt(run.tokenizer, prompt, add_bos=run.config.data.add_bos) for prompt in prompts]
     warn_if_long(max(map(len, ids)) + args.max_new_tokens, run)
     ends, started = stop_tokens(run.tokenizer), time.perf_counter()

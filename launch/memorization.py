@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from launch import config as configs
+from launch.beam import check_width
 from lm.core.fields import fill
 from lm.data.synthetic.recital import CONTROLS
 from lm.data.tokenizer import Tokenizer, special_ids
@@ -30,6 +31,8 @@ def memorization_of(config: Any, given: Mapping[str, Any], model: DecoderLM, tok
     """
     options = MemorizationOptions(**fill(MemorizationOptions, given, where))
     options.check(where)
+    if options.beams is not None:
+        check_width(f"{where}.beams", options.beams, tokenizer)
     data, decode = configs.options(config, "data"), tokenizer.decode
     if options.members is not None:
         texts = [read_texts(path, data, tokenizer) for path in (options.members, options.controls)]

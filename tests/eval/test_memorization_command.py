@@ -77,6 +77,13 @@ def test_a_run_is_no_reference_for_itself(workdir, files):
         evaluate(workdir, *files, "--suffix", "12", "--reference", f"{workdir}/.")
 
 
+def test_more_beams_than_tokens_are_refused(workdir, files):
+    with pytest.raises(ValueError, match=r"beams=100000 is more than the \d+ tokens of the vocabulary"):
+        evaluate(workdir, *files, "--suffix", "12", "--beams", "100000")
+    with pytest.raises(ValueError, match="--beams=100000 is more than"):
+        generate_command.main(parse("generate", ["--workdir", workdir, "--prompt", "a", "--beams", "100000"]))
+
+
 def test_flags_of_the_task_need_the_task(workdir):
     with pytest.raises(ValueError, match="--beams belongs to --task memorization"):
         eval_command.main(parse("eval", ["--workdir", workdir, "--beams", "3"]))
