@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.core.sharding import make_mesh
-from lm.layers.attention_op import cudnn, dispatch, dot_product_attention, reference, splash
+from lm.layers.attention_op import cudnn, dispatch, dot_product_attention, halving, reach, reference, splash
 from lm.layers.attention_op.blocked import attend_with_logsumexp
 from lm.layers.attention_op.ring import merge
 from lm.layers.attention_op.visibility import Visibility
@@ -94,6 +94,59 @@ def test_blocked_gradients_equal_those_of_the_formula(tokens, groups, window, wi
     for one, two in zip(jax.tree.leaves(gradients("reference", q, k, v, **kwargs)),
                         jax.tree.leaves(gradients("blocked", q, k, v, **kwargs)), strict=True):
         np.testing.assert_allclose(one, two, atol=2e-6 * max(1.0, float(abs(one).max())))
+
+
+def packed(rows, tokens):
+    """Document numbers [B, T] of rows whose documents are so long, and padding behind them (-1 for keys)."""
+    queries, keys = np.zeros((len(rows), tokens), np.int32), np.full((len(rows), tokens), -1, np.int32)
+    for row, lengths in enumerate(rows):
+        for number, at in enumerate(np.cumsum([0, *lengths])):
+            queries[row, at:] = number
+        keys[row, :sum(lengths)] = queries[row, :sum(lengths)]
+    return queries, keys
+
+
+LAYOUTS = {"one": [[512]], "halves": [[256, 256]], "crossing": [[250, 262]], "short": [[60] * 8], "pair": [[130, 140]],
+           "rows differ": [[256, 256], [40, 470]], "uneven": [[100, 300, 50]], "padding": [[5]]}
+
+
+@pytest.mark.parametrize("tokens", [512, 500])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_corners_hold_all_that_documents_see_and_no_more(layout, tokens):
+    """Against a loop over pairs of positions, for T on and off the blocks."""
+    queries, keys = packed([[min(n, tokens) for n in row] for row in LAYOUTS[layout]], tokens)
+    widths, block = (64, 128, 256), 64
+    filled = (np.pad(x, ((0, 0), (0, 512 - tokens))) for x in (queries, keys))
+    found = np.asarray(reach.corners(*filled, widths, block, tokens))
+    for row, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        for level, width in enumerate(widths):
+            need = 0
+            for middle in range(width, 512, 2 * width):
+                late, early = q[middle:middle + width], k[middle - width:middle]
+                i, j = np.nonzero((late[:, None] == early) & (early >= 0))
+                need = max([need, *(i + 1), *(width - j)])
+            sizes = reach.sizes(width, block)
+            assert sizes[found[row, level]] == min(size for size in sizes if size >= need), (row, width, need)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_documents_equal_the_formula(layout, monkeypatch):
+    """Values and gradients where corners of several sizes are computed, forced small blocks."""
+    monkeypatch.setattr(halving, "BLOCK", 32)
+    tokens = 500 if layout == "uneven" else 512
+    queries, keys = packed(LAYOUTS[layout], tokens)
+    q, k, v = arrays(len(queries), tokens, 2, 1)
+    kwargs = dict(q_documents=jnp.asarray(queries), k_documents=jnp.asarray(keys), aligned=True)
+    for one, two in zip(jax.tree.leaves(gradients("reference", q, k, v, **kwargs)),
+                        jax.tree.leaves(gradients("blocked", q, k, v, **kwargs)), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6 * max(1.0, float(abs(one).max())))
+
+
+def test_documents_in_no_order_lose_nothing():
+    """Numbers that do not ascend take more than they need: the corner then has every pair that sees each other."""
+    docs = np.asarray(documents(20, 256, seed=5))
+    found = np.asarray(reach.corners(docs, docs, (64, 128), 64, 256))
+    assert (found == [len(reach.sizes(width, 64)) - 1 for width in (64, 128)]).all()
 
 
 @pytest.mark.parametrize("window", [None, 150])

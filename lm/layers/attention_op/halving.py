@@ -2,7 +2,8 @@
 w = block, 2 block, ... T / 2, squares [w, w] below it (the later half of 2 w rows against the earlier half).
 
 All squares of a level are one batched matrix product, so a few large products without a mask take the place of many
-strips, and nothing above the diagonal is computed. Each level is a softmax of its own; they merge by their maxima. A
+strips, and nothing above the diagonal is computed. Of a square only the corner that documents reach into is computed
+where rows hold several (see `reach`). Each level is a softmax of its own; they merge by their maxima. A
 few heads of a row, or all heads of a few rows, are worked on at a time, so that the scores stay in the cache: on two
 cores 2.1 times the speed of unrolled strips over the whole batch (float32, B 8, H 4, T 1024, K 64, both passes).
 The operand layouts matter as much: XLA's batched CPU products run at a third of their speed when the left operand is
@@ -16,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lm.layers.attention_op import reach
 from lm.layers.attention_op.visibility import EMPTY
 
 Array = jax.Array
@@ -40,8 +42,12 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, documents: tuple[Array |
     # Distinct arrays, and one comparison: XLA's CPU backend (jax 0.10.2) does not vectorise a fused loop that reads
     # one array in two ways, and then takes seven times as long for the masked scores. Negative numbers match nothing.
     q_documents, k_documents = documents
-    if k_documents is not None:
-        documents = jnp.where(q_documents < 0, -1, q_documents + 1), jnp.maximum(k_documents, -1) + 1
+    if k_documents is None:
+        documents = None, None, None
+    else:
+        widths = [width for width, later, _ in _levels(block * blocks, block) if later is not None]
+        corners = reach.corners(q_documents, k_documents, widths, block, tokens)
+        documents = jnp.where(q_documents < 0, -1, q_documents + 1), jnp.maximum(k_documents, -1) + 1, corners
     out, logsumexp = _attend(float(scale), block, q, k, v, documents)
     return out[:, :tokens], logsumexp[:, :, :tokens]
 
@@ -107,7 +113,7 @@ def _backward(scale, block, saved, cotangents):
         d_k, d_v = (d.reshape(rows * groups, -1, *d.shape[1:]).sum(1) for d in (d_k, d_v))
         return tuple(_heads_last(d, rows).astype(x.dtype) for d, x in ((d_q * scale, q), (d_k, k), (d_v, v)))
 
-    return (*_map(some_rows, rows, q, k, v, out, logsumexp, *cotangents, *documents), (None, None))
+    return (*_map(some_rows, rows, q, k, v, out, logsumexp, *cotangents, *documents), (None, None, None))
 
 
 _attend.defvjp(_forward, _backward)
@@ -128,48 +134,65 @@ def _levels(tokens: int, block: int):
         width *= 2
 
 
-def _cut(x, width, side):
-    """[C, T, ...] -> [C, n, width, ...]: all blocks, or one side (0 earlier, 1 later) of every 2 width rows."""
+def _cut(x, width, side, size=None):
+    """[C, T, ...] -> [C, n, width, ...]: all blocks, or one side (0 earlier, 1 later) of every 2 width rows. size: only
+    so many of a side, those next to the other one."""
     if side is None:
         return x.reshape(x.shape[0], -1, width, *x.shape[2:])
-    return x.reshape(x.shape[0], -1, 2, width, *x.shape[2:])[:, :, side]
+    x = x.reshape(x.shape[0], -1, 2, width, *x.shape[2:])[:, :, side]
+    return x if size is None else x[:, :, :size] if side else x[:, :, width - size:]
 
 
-def _join(x, side, fill=0.0):
-    """The way back: [C, n, width, ...] -> [C, T, ...], `fill` on the other side."""
+def _join(x, width, side, fill=0.0):
+    """The way back: [C, n, size, ...] -> [C, T, ...], `fill` where nothing was cut out."""
     if side is not None:
-        other = jnp.full_like(x, fill)
-        x = jnp.stack([other, x] if side else [x, other], 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3 if side is None else 4:])
+        around = [(0, 0)] * x.ndim
+        around[2] = (width, width - x.shape[2]) if side else (width - x.shape[2], width)
+        x = jnp.pad(x, around, constant_values=fill)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _mask(width, later, earlier, documents, keys_first, count):
-    """Bool [C or 1, n or 1, width, width] of the pairs of a level that see each other, or None when all do."""
+def _mask(width, size, later, earlier, documents, keys_first, count):
+    """Bool [C or 1, n or 1, size, size] of the pairs of a level that see each other, or None when all do."""
     keep = None
     if later is None:
         order = jnp.arange(width)
         keep = (order[:, None] <= order if keys_first else order[:, None] >= order)[None, None]
-    q_documents, k_documents = documents
+    q_documents, k_documents, _ = documents
     if k_documents is not None:
-        queries, keys = _cut(q_documents, width, later), _cut(k_documents, width, earlier)
+        queries, keys = _cut(q_documents, width, later, size), _cut(k_documents, width, earlier, size)
         first, second = (keys, queries) if keys_first else (queries, keys)
         same = jnp.repeat(first[..., :, None] == second[..., None, :], count // len(queries), axis=0)
         keep = same if keep is None else keep & same
     return keep
 
 
+def _by_level(function, tokens, block, documents):
+    """`function(size, width, later, earlier)` of every level, with the corner of its squares that documents reach."""
+    for level, sides in enumerate(_levels(tokens, block)):
+        width, later, _ = sides
+        if later is None or documents[2] is None:
+            yield function(width, *sides)
+            continue
+        choices = [functools.partial(function, size, *sides) for size in reach.sizes(width, block)]
+        yield jax.lax.switch(documents[2][:, level - 1].max(), choices)
+
+
 def _forward_heads(block, documents, q, k, v):
     """q (scaled), k, v [C, T, K], documents [rows, T] -> out [C, T, K], log-sum-exp [C, T]."""
-    parts = []
-    for width, later, earlier in _levels(q.shape[1], block):
-        scores = _dot(_cut(q, width, later), _cut(k, width, earlier), 1, 1)
-        if (mask := _mask(width, later, earlier, documents, keys_first=False, count=q.shape[0])) is not None:
+    def part(size, width, later, earlier):
+        if not size:
+            return jnp.full_like(q[..., 0], EMPTY), jnp.zeros_like(q[..., 0]), jnp.zeros_like(v)
+        scores = _dot(_cut(q, width, later, size), _cut(k, width, earlier, size), 1, 1)
+        if (mask := _mask(width, size, later, earlier, documents, keys_first=False, count=q.shape[0])) is not None:
             scores = jnp.where(mask, scores, EMPTY)
         # Clamped to EMPTY / 2, so that exp gives 0 (not 1) in a row whose every score is EMPTY.
         top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1)), EMPTY / 2)
         weights = jnp.exp(scores - top[..., None])
-        parts.append((_join(top, later, EMPTY), _join(weights.sum(-1), later),
-                      _join(_dot(weights, _cut(v, width, earlier), 1, 0), later)))
+        return (_join(top, width, later, EMPTY), _join(weights.sum(-1), width, later),
+                _join(_dot(weights, _cut(v, width, earlier, size), 1, 0), width, later))
+
+    parts = list(_by_level(part, q.shape[1], block, documents))
     top = functools.reduce(jnp.maximum, (part_top for part_top, _, _ in parts))
     factors = [jnp.exp(part_top - top) for part_top, _, _ in parts]
     total = sum(factor * part for factor, (_, part, _) in zip(factors, parts, strict=True))
@@ -180,18 +203,19 @@ def _forward_heads(block, documents, q, k, v):
 
 def _backward_heads(block, documents, q, k, v, logsumexp, delta, d_out):
     """Gradients of q (scaled), k and v, each [C, T, K]. Scores are [keys, queries], see above."""
-    d_q = d_k = d_v = 0
-    for width, later, earlier in _levels(q.shape[1], block):
-        queries, sums, part_delta, d_part = (_cut(x, width, later) for x in (q, logsumexp, delta, d_out))
-        keys, values = _cut(k, width, earlier), _cut(v, width, earlier)
+    def part(size, width, later, earlier):
+        if not size:
+            return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+        queries, sums, part_delta, d_part = (_cut(x, width, later, size) for x in (q, logsumexp, delta, d_out))
+        keys, values = _cut(k, width, earlier, size), _cut(v, width, earlier, size)
         scores = _dot(keys, queries, 1, 1) - sums[..., None, :]
-        if (mask := _mask(width, later, earlier, documents, keys_first=True, count=q.shape[0])) is not None:
+        if (mask := _mask(width, size, later, earlier, documents, keys_first=True, count=q.shape[0])) is not None:
             scores = jnp.where(mask, scores, EMPTY)
         weights = jnp.exp(scores)
         d_scores = weights * (_dot(values, d_part, 1, 1) - part_delta[..., None, :])
         # The barrier keeps XLA from folding this transposition into the product: 56 instead of 149 GFLOP/s on a core.
-        part_d_q = jax.lax.optimization_barrier(_dot(keys.swapaxes(-1, -2), d_scores, 1, 0)).swapaxes(-1, -2)
-        d_q = d_q + _join(part_d_q, later)
-        d_k = d_k + _join(_dot(d_scores, queries, 1, 0), earlier)
-        d_v = d_v + _join(_dot(weights, d_part, 1, 0), earlier)
-    return d_q, d_k, d_v
+        d_q = jax.lax.optimization_barrier(_dot(keys.swapaxes(-1, -2), d_scores, 1, 0)).swapaxes(-1, -2)
+        return (_join(d_q, width, later), _join(_dot(d_scores, queries, 1, 0), width, earlier),
+                _join(_dot(weights, d_part, 1, 0), width, earlier))
+
+    return tuple(map(sum, zip(*_by_level(part, q.shape[1], block, documents), strict=True)))
