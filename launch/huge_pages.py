@@ -4,6 +4,10 @@ XLA's CPU backend takes the temporary memory of a step from the system at every 
 of MiB that the kernel maps and clears page by page. With glibc's `hugetlb=1` it asks for huge pages, 512 times fewer;
 with large buffers in the heap, one heap for all threads, and up to 1 GiB of it kept when freed, the next step finds
 the memory of the last. glibc reads the settings when a process starts, so the command starts itself again, once.
+
+XLA asks for aligned memory, and glibc cuts the ends off what it takes for that. In its lists of small pieces to be used
+again they stay apart from what they were cut off; freed, that is then too small for the same request, and the temporary
+memory of several steps piles up. Without these lists (all but that of the smallest pieces) freed memory grows together.
 """
 
 import os
@@ -14,7 +18,8 @@ from launch.accelerators import choose_platform
 
 VARIABLE, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 TUNABLES = (f"{SETTING}=1", f"glibc.malloc.mmap_threshold={2**32}", f"glibc.malloc.trim_threshold={2**30}",
-            "glibc.malloc.arena_max=1")     # heaps of other threads hold at most 64 MiB
+            "glibc.malloc.arena_max=1",     # heaps of other threads hold at most 64 MiB
+            "glibc.malloc.mxfast=0", "glibc.malloc.tcache_max=24")
 COMMANDS = ("train", "bench")
 
 
