@@ -116,12 +116,13 @@ def _experts(name: str, activation: Callable, x: Array, ids: Array, gates: Array
 
 
 def _experts_forward(name, activation, x, ids, gates, table):
-    return _experts(name, activation, x, ids, gates, table), (x, ids, gates, table)
+    y, inner = _forward_and_inner(name, activation, x, ids, gates, table)
+    return y, (x, ids, gates, table, inner)
 
 
 def _experts_backward(name, activation, saved, dy):
-    x, ids, gates, table = saved
-    dx, dgates, factors = _MODULES[name].backward(activation, x, ids, gates, table, dy)
+    x, ids, gates, table, inner = saved
+    dx, dgates, factors = _MODULES[name].backward(activation, x, ids, gates, table, dy, *inner)
     dtable = rows.sum_pairs(rows.sort_pairs(ids), *_of_tokens(factors, x, dy), table.shape[0])
     return dx, None, dgates, dtable.astype(table.dtype)
 
@@ -135,18 +136,26 @@ def _experts_with_sink(name, activation, x, ids, gates, table, sink, pairs) -> A
 
 
 def _with_sink_forward(name, activation, x, ids, gates, table, sink, pairs):
-    y = _experts_with_sink(name, activation, x, ids, gates, table, sink, pairs)
-    return y, (x, ids, gates, table, sink, pairs)
+    y, inner = _forward_and_inner(name, activation, x, ids, gates, table)
+    return y, (x, ids, gates, table, sink, pairs, inner)
 
 
 def _with_sink_backward(name, activation, saved, dy):
-    x, ids, gates, table, sink, pairs = saved
-    dx, dgates, factors = _MODULES[name].backward(activation, x, ids, gates, table, dy)
+    x, ids, gates, table, sink, pairs, inner = saved
+    dx, dgates, factors = _MODULES[name].backward(activation, x, ids, gates, table, dy, *inner)
     dsink = rows.sum_pairs(pairs, *_of_tokens(factors, x, dy), sink.shape[0])
     return dx, None, dgates, None, dsink.astype(sink.dtype), None
 
 
 _experts_with_sink.defvjp(_with_sink_forward, _with_sink_backward)
+
+
+def _forward_and_inner(name, activation, *given):
+    """(y, more arguments of the backward)."""
+    if name != "chunked":
+        return _MODULES[name].forward(activation, *given), ()
+    y, inner = chunked.forward_and_inner(activation, *given)
+    return y, (inner,)
 
 
 def _of_tokens(factors: Array, x: Array, dy: Array) -> tuple[Array, Array, Array]:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import cpu_rows
 from pallas_kernels.chunks import over_time, scan_time
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import automatic_axes, current_platform
+from pallas_kernels.product_key_topk import extraction
 from pallas_kernels.product_key_topk.config import chunk_length
 from pallas_kernels.product_key_topk.reference import sub_scores
 
@@ -37,8 +39,30 @@ def forward(q1: Array, q2: Array, c1: Array, c2: Array, k: int) -> tuple[Array, 
         chosen = lambda ids, ranks: jnp.take_along_axis(ids, jnp.asarray(ranks)[best], axis=-1)
         return scores, chosen(i, first) * n + chosen(j, second)
 
+    def beside(q1, q2):
+        """The same with tokens side by side, [H, n, t]."""
+        s1, i = extraction.largest(_scores_beside(q1, c1), k)
+        s2, j = extraction.largest(_scores_beside(q2, c2), k)
+        scores, best = extraction.largest(s1[:, first] + s2[:, second], k)
+        ids = jnp.take_along_axis(i[:, first] * n + j[:, second], best, axis=1)
+        return jnp.moveaxis(scores, 2, 0)[None], jnp.moveaxis(ids, 2, 0)[None]
+
     batch, length, heads, _ = q1.shape
+    if _tokens_alone(batch) and extraction.serves(jnp.promote_types(q1.dtype, jnp.float32), k):
+        chunk = beside
     return over_time(chunk, chunk_length(batch * heads * n, length), q1, q2)
+
+
+def _tokens_alone(batch: int) -> bool:
+    """On CPUs, all tokens in one row that no mesh splits."""
+    return current_platform() == "cpu" and batch == 1 and automatic_axes() is None
+
+
+def _scores_beside(q: Array, c: Array) -> Array:
+    """[H, n, t] of q [1, t, H, K]: `sub_scores` in the order in which products of heads leave it."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("hnd,thd->hnt" if c.ndim == 3 else "nd,thd->hnt", c, q[0], preferred_element_type=wide,
+                      precision=jax.lax.Precision.HIGHEST)
 
 
 def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -> tuple[Array, Array, Array, Array]:
@@ -52,6 +76,21 @@ def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -
         at_keys = _put(chosen, g, n)
         dq = product(f"bthn,{keys}->bthd", at_keys, c.astype(g.dtype))
         return dq, product(f"bthn,bthd->{keys}", at_keys, q.astype(g.dtype))
+
+    def half_beside(q, c, chosen, g):
+        """The same without the zeros of the cotangents for the queries, and with tokens side by side for the keys."""
+        heads, length = q.shape[2], q.shape[1]
+        head = jax.lax.broadcasted_iota(jnp.int32, chosen.shape, 2)
+        row = chosen + (head * n if c.ndim == 3 else 0)
+        dq = cpu_rows.combine(c.reshape(-1, c.shape[-1]), row.reshape(-1, row.shape[-1]),
+                              g.reshape(-1, g.shape[-1])).reshape(q.shape)
+        place = ((head * n + chosen) * length + jax.lax.broadcasted_iota(jnp.int32, chosen.shape, 1)).reshape(-1)
+        at_keys = jnp.zeros_like(g, shape=(heads * n * length,)).at[place].add(g.reshape(-1), mode="promise_in_bounds")
+        at_keys = at_keys.reshape(heads, n, length)
+        return dq, product(f"hnt,thd->{keys}", at_keys, q[0].astype(g.dtype))
+
+    if _tokens_alone(q1.shape[0]) and cpu_rows.serves(c1.size // c1.shape[-1], c1.shape[-1]):
+        half = half_beside
 
     def chunk(sums, q1, q2, ids, g):
         dq1, dc1 = half(q1, c1, ids // n, g)
