@@ -236,7 +236,7 @@ def test_steps_of_all_kinds_of_slices_compile(python_with_libtpu, monkeypatch, t
         assert plan.fits, plan.result
         assert asked.machine.devices == 1 or decode or plan.numbers["collectives"]
         links = set(plan.numbers["link_seconds"])
-        assert ("DCN" in links) == (machine.startswith("2x") and decode is None), links
+        assert ("DCN" in links) == machine.startswith("2x"), links  # of a token too: every host reads all rows
 
 
 @pytest.mark.slow
