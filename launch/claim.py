@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: one a core on CPUs, else one)")
     parser.add_argument("--record", action="store_true",
                         help="keep the results in experiments/claims/results, which docs/claims.md is made from")
+    parser.add_argument("--judge-again", action="store_true",
+                        help="judge what is recorded by the check as it is now; verdicts that change are kept as "
+                             "earlier ones")
     parser.add_argument("--page", action="store_true",
                         help="write docs/claims.md and its figures from what is recorded")
 
@@ -42,7 +45,28 @@ def main(args: argparse.Namespace) -> int:
         return list_claims(claims) if args.list else write_page(claims)
     if args.name is None:
         raise ValueError(f"lm claim needs a NAME: {', '.join(names(FOLDER))}; `lm claim --list` says what they claim")
-    return run(read(args.name, FOLDER), args)
+    claim = read(args.name, FOLDER)
+    return judge_again(claim) if args.judge_again else run(claim, args)
+
+
+def judge_again(claim: Any) -> int:
+    """The recorded runs of a claim under a check that was mended; what was said before stays beside the new verdict."""
+    from lm.claims.store import read_json, write_json
+    from lm.claims.verdict import judge, line
+    path = RECORDS / f"{claim.name}.json"
+    record = read_json(path)
+    if record is None:
+        raise ValueError(f"--judge-again: no run of {claim.name} is recorded; `lm claim {claim.name} --record` does")
+    for one in record["runs"]:
+        old, new = one["verdict"], judge(claim.module.check, one["cells"])
+        same = [c["what"] for c in old["criteria"]] == [c["what"] for c in new["criteria"]]
+        if same and old["passed"] == new["passed"]:
+            continue
+        one["earlier"] = [*one.get("earlier", ()), {key: old[key] for key in ("passed", "reason", "criteria")}]
+        one["verdict"] = new
+        print(f"run {one['run']}: {'PASS' if old['passed'] else 'FAIL'} before; {line(claim.name, new)}")
+    write_json(path, record)
+    return 0
 
 
 def list_claims(claims: list[Any]) -> int:

@@ -16,7 +16,7 @@ of a turn. `rows` is gather, scatter and optimizer alone, `layer` forward, backw
 step with what is counted of the experts for the metrics, `dense` the same with dense gradient and AdamW.
 
 The first whole run met every limit and failed by its control: costs that are flat are flat in any order, and 14 of 200
-shuffled copies passed. The bytes of each arm's table were made a criterion then.
+shuffled copies passed. The bytes of each arm's table were made a criterion then, and the run was judged again.
 """
 
 import math

