@@ -49,7 +49,7 @@ def test_a_layer_that_only_the_new_pattern_names_can_be_given_whole():
     pattern = "model.pattern=(bswa/mlp,)"
     whole = resolve(pattern, "model.bswa={num_heads: 2, block: 16, memory: 1}")
     assert whole == resolve(pattern, "model.bswa.num_heads=2", "model.bswa.block=16", "model.bswa.memory=1")
-    with pytest.raises(ValueError, match="config.model.bswa has no field 'blok'"):
+    with pytest.raises(ValueError, match=r"config.model.bswa has no field 'blok'"):
         resolve(pattern, "model.bswa={num_heads: 2, blok: 16}")
 
 
