@@ -85,10 +85,11 @@ def group_types(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def is_layer(name: str) -> bool:
-    """Whether an entry of the model of this name is a layer by its name alone."""
+def is_entry(name: str) -> bool:
+    """Whether the model may have an entry of this name that no pattern names yet: a layer's, or the looped core's."""
     from lm.layers import LAYERS
-    return name in LAYERS
+    from lm.models.depth_options import ENTRY
+    return name in LAYERS or name == ENTRY
 
 
 def used_entries(model: Mapping[str, Any]) -> list[str]:

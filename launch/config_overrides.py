@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launch.config_groups import GROUPS, group_types, is_layer, known_group
+from launch.config_groups import GROUPS, group_types, is_entry, known_group
 from launch.config_values import guess, parse, plain
 
 
@@ -80,7 +80,7 @@ def _apply_group(group: str, tree: dict[str, Any], known: Mapping[str, Any],
             if isinstance(tree.get(name), (int, float)):
                 tree[name] = {"weight": tree[name]}
     kinds = {names[0]: {"kind": value} for names, value in inner if group == "model" and names[1:] == ("kind",)}
-    entry = lambda names: len(names) > 1 or (group == "model" and is_layer(names[0]))  # a new one, by field or whole
+    entry = lambda names: len(names) > 1 or (group == "model" and is_entry(names[0]))  # a new one, by field or whole
     named = {names[0]: {} for names, _ in inner if entry(names)}
     hints = group_types(group, {**named, **{k: v for k, v in known.items() if isinstance(v, Mapping)}, **kinds})
     for names, value in inner:

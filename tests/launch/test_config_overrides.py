@@ -53,6 +53,14 @@ def test_a_layer_that_only_the_new_pattern_names_can_be_given_whole():
         resolve(pattern, "model.bswa={num_heads: 2, blok: 16}")
 
 
+def test_a_core_becomes_looped_by_fields_or_whole():
+    whole = resolve("model.recurrent_depth={mean: 3.0, backprop: 2}")
+    assert whole == resolve("model.recurrent_depth.mean=3", "model.recurrent_depth.backprop=2")
+    assert whole.model.recurrent_depth.mean == 3.0
+    with pytest.raises(ValueError, match=r"recurrent_depth.*has no field 'meen'"):
+        resolve("model.recurrent_depth={meen: 3.0}")
+
+
 def test_the_last_of_two_overrides_wins():
     assert resolve("train.steps=5", "train.steps=6").train.steps == 6
 
