@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from launch import depth, eval_harness, eval_memorization, eval_preference
@@ -55,13 +55,20 @@ def main(args: argparse.Namespace) -> int:
     given, settings = parse_sets(args.sets), depth.settings(args)
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
-    metrics = measure(run, given, args, settings)
-    keep(args.workdir, run.step, metrics, ema=args.ema)
-    if args.json:
-        print(json.dumps({"step": run.step, "ema": args.ema, "metrics": plain(metrics)}, indent=2))
-    else:
-        print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
+    def show(metrics: dict[str, float], title: str) -> None:
+        print_table(metrics, title)
         depth.print_histograms(metrics)
+    return conclude(args, run.step, measure(run, given, args, settings), show)
+
+
+def conclude(args: argparse.Namespace, step: int, metrics: dict[str, float],
+             show: Callable[[dict[str, float], str], None]) -> int:
+    """Keeps the metrics of a task and prints them, as JSON or by `show(metrics, title)`. Exit code 0."""
+    keep(args.workdir, step, metrics, ema=args.ema)
+    if args.json:
+        print(json.dumps({"step": step, "ema": args.ema, "metrics": plain(metrics)}, indent=2))
+    else:
+        show(metrics, f"{args.workdir}, step {step}{', averaged parameters' if args.ema else ''}")
     return 0
 
 

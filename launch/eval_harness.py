@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -48,13 +47,7 @@ def main(args: argparse.Namespace) -> int:
     from launch.restore import open_run
     names, manager = tasks(args.harness_tasks.split(","), args.harness_path)
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
-    metrics = measure(run, names, manager, args)
-    command.keep(args.workdir, run.step, metrics, ema=args.ema)
-    if args.json:
-        print(json.dumps({"step": run.step, "ema": args.ema, "metrics": command.plain(metrics)}, indent=2))
-    else:
-        print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
-    return 0
+    return command.conclude(args, run.step, measure(run, names, manager, args), print_table)
 
 
 def tasks(names: list[str], path: str | None) -> tuple[list[str], Any]:
@@ -110,7 +103,7 @@ def print_table(metrics: Mapping[str, float], title: str) -> None:
     for heading in ("value", "standard error"):
         table.add_column(heading, justify="right")
     for name, value in metrics.items():
-        _, task, metric = name.split("/")
+        task, _, metric = name.removeprefix("eval/").rpartition("/")
         error = metrics.get(f"{name}{STDERR}")
         if not metric.endswith(STDERR):
             table.add_row(task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,13 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from launch import eval as command
     from launch.restore import open_run
     run = open_run(args.workdir, args.step, overrides=args.overrides, ema=args.ema)
-    metrics = measure(run, args)
-    command.keep(args.workdir, run.step, metrics, ema=args.ema)
-    if args.json:
-        print(json.dumps({"step": run.step, "ema": args.ema, "metrics": command.plain(metrics)}, indent=2))
-    else:
-        print_table(metrics, f"{args.workdir}, step {run.step}{', averaged parameters' if args.ema else ''}")
-    return 0
+    return command.conclude(args, run.step, measure(run, args), print_table)
 
 
 def measure(run: Any, args: argparse.Namespace) -> dict[str, float]:

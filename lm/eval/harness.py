@@ -41,7 +41,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether greedy decoding would write it) of each (context, continuation)."""
         pairs = [self._pair(*request.args) for request in requests]
-        documents = [self._fit(np.concatenate(pair), 0) for pair in pairs]
+        documents = [self._fit_after(*pair) for pair in pairs]
         scored = target_scores(self._apply, self._params, documents, self._batch_size)
         self._report_cut()
         return [(-float(s.nats[-len(more):].sum()), bool(s.best[-len(more):].all())) if len(more) else (0.0, True)
@@ -98,18 +98,18 @@ class HarnessModel(LM):
         yield from groups.items()
 
     def _pair(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of both parts of the text that they make together; white space between them is the continuation's."""
+        """Ids of both parts of the text that they make together; white space between them is the continuation's. Where
+        a token spans both, it is the context's, but the last token always is the continuation's."""
         kept = context.rstrip()
         context, continuation = kept, context[len(kept):] + continuation
         whole = np.asarray(self._tokenizer.encode(context + continuation), np.int32)
-        if not context:
-            before = self._beginning()
-            if not before.size:
-                raise ValueError(f"the continuation {continuation!r} has an empty context, and the tokenizer has "
-                                 f"neither bos nor eos to stand before it; give the task a context (doc_to_text)")
-            return before, whole
-        size = len(self._tokenizer.encode(context))
-        return np.concatenate([self._bos(), whole[:size]]), whole[size:]
+        size = min(len(self._tokenizer.encode(context)) if context else 0, len(whole) - bool(continuation))
+        before = np.concatenate([self._bos(), whole[:size]]) if size else self._beginning()
+        if continuation and not before.size:
+            raise ValueError(f"the continuation {continuation!r} stands after nothing (context {context!r}), and "
+                             f"the tokenizer has neither bos nor eos to stand there; give the task a context "
+                             f"(doc_to_text)")
+        return before, whole[size:]
 
     def _context(self, text: str) -> np.ndarray:
         return encode_prompt(self._tokenizer, text, add_bos=self._add_bos)
@@ -123,6 +123,14 @@ class HarnessModel(LM):
         """[0 or 1] ids after which a text may begin."""
         ends = (self._tokenizer.bos_id, self._tokenizer.eos_id)
         return np.array([i for i in ends if i is not None][:1], np.int32)
+
+    def _fit_after(self, before: np.ndarray, more: np.ndarray) -> np.ndarray:
+        """Both, with as much of the context as the model takes. Raises ValueError where the continuation is too long
+        to stand after anything."""
+        if self._max_length is not None and len(more) >= self._max_length:
+            raise ValueError(f"a continuation has {len(more)} tokens, and the model takes {self._max_length} with what "
+                             f"stands before it; leave that task out")
+        return self._fit(np.concatenate([before, more]), 0)
 
     def _fit(self, ids: np.ndarray, new_tokens: int) -> np.ndarray:
         """The end of a text, so that with so many more tokens it is no longer than the model takes."""

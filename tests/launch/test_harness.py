@@ -97,15 +97,54 @@ def test_a_context_that_is_too_long_loses_its_beginning(run):
     (cut, _), (whole, _) = model(run, max_length=len(short) + 3).loglikelihood([Request(long, "abc"),
                                                                                Request(short, "abc")])
     assert cut == pytest.approx(whole, abs=1e-4)
+    with pytest.raises(ValueError, match="a continuation has 8 tokens, and the model takes 8"):
+        model(run, max_length=8).loglikelihood([Request("the", "x" * 8)])
     with pytest.raises(ValueError, match="max_gen_toks"):
         model(run, max_length=8).generate_until([Request("the", {"until": ["."], "max_gen_toks": 8})])
+
+
+class Pairs:
+    """Two letters a token, the last one by itself: a continuation may disappear in a token of its context."""
+    bos_id = eos_id = None
+
+    def encode(self, text):
+        return [sum(map(ord, text[n:n + 2])) % 256 for n in range(0, len(text), 2)]
+
+
+@pytest.mark.slow
+def test_a_continuation_that_shares_the_last_token_of_its_context_is_that_token(run, log_probs):
+    from lm.eval.harness import HarnessModel
+    given = HarnessModel(run.apply, run.params, run.model.initial_state, Pairs(), batch_size=2)
+    (logp, _), = given.loglikelihood([Request("abc", "d")])
+    ids = Pairs().encode("abcd")
+    assert len(ids) == len(Pairs().encode("abc")) and logp == pytest.approx(log_probs(ids)[-2, ids[-1]], abs=1e-3)
+    with pytest.raises(ValueError, match="stands after nothing"):
+        given.loglikelihood([Request("a", "b")])
+
+
+class Latin:
+    bos_id = eos_id = None
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+@pytest.mark.slow
+def test_what_the_model_would_write_is_said_of_the_continuation_alone(run, log_probs):
+    from lm.eval.harness import HarnessModel
+    given = HarnessModel(run.apply, run.params, run.model.initial_state, Latin(), batch_size=2)
+    first = log_probs(Latin().encode("the qui"))[-1].argmax()
+    second = log_probs([*Latin().encode("the qui"), first])[-1].argmax()
+    words = [chr(first), chr(first) + chr(second), chr(first) + chr((second + 1) % 256), chr((first + 1) % 256)]
+    found = given.loglikelihood([Request("the qui", word) for word in words])
+    assert [greedy for _, greedy in found] == [True, True, False, False]
 
 
 @pytest.mark.slow
 def test_settings_of_a_task_that_are_not_known_are_refused(run):
     with pytest.raises(ValueError, match=r"\['num_beams'\]"):
         model(run).generate_until([Request("the", {"until": ["."], "num_beams": 3})])
-    with pytest.raises(ValueError, match="empty context"):
+    with pytest.raises(ValueError, match="stands after nothing"):
         model(run).loglikelihood([Request("", "abc")])
 
 

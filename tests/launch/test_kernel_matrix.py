@@ -4,7 +4,7 @@
 import pytest
 
 from launch import cli
-from launch.kernels import cells, table
+from launch.kernels import cells, matrix, table
 from launch.kernels.process import toolchain_of
 from pallas_kernels.aot.case import cases
 from pallas_kernels.aot.targets import TARGETS
@@ -36,6 +36,14 @@ def test_gpu_kernels_are_recorded_as_compiled_and_spill_nothing():
     spills = {key: {name: kernel["spills"] for name, kernel in result["ptxas"].items()}
               for key, result in recorded.items()}
     assert not {key: kernels for key, kernels in spills.items() if any(kernels.values())}
+
+
+def test_gpu_kernels_are_of_the_sources_that_were_compiled():
+    """What a check without CUDA's compilers refuses, known before it."""
+    known, record = cases(), cells.read()
+    gpus = {compiler: results for compiler, results in record.items() if toolchain_of(compiler) == "cuda"}
+    assert gpus and not matrix.check_unseen(cells.plan(known, TARGETS), gpus, matrix.hashes(known), {}), \
+        "run `lm kernels matrix --write --python` with a python that has loomlm[aot-gpu]"
 
 
 def test_the_table_of_the_page_is_that_of_the_record():
