@@ -2,13 +2,12 @@
 
 import fnmatch
 import logging
-import os
-import secrets
 from typing import Any
 
 from etils import epath
 
 from launch.config_files import CONFIG_FILE, config_hash, diff, from_json, to_json
+from lm.core.whole_file import write_text
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +89,3 @@ def table(changes: list[tuple[str, Any, Any]], left: str, right: str) -> str:
     rows = [("field", left, right), *((path, repr(a), repr(b)) for path, a, b in changes)]
     widths = [max(len(row[n]) for row in rows) for n in range(2)]
     return "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes the file in one piece: a reader, or a crash, finds the old text or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):  # object stores publish an object when it is complete
-        path.write_text(text)
-        return
-    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

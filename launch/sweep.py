@@ -60,6 +60,7 @@ def begin(args: argparse.Namespace, workdir: pathlib.Path) -> Any:
     from launch.sweeps.definition import FILE, from_data, read, same
     from launch.sweeps.space import examples, parse_text
     from launch.sweeps.trial import BASE
+    from lm.core.whole_file import write_text
     if args.config is None and (workdir / FILE).exists() and not (args.param or args.overrides):
         definition = read(workdir)
         if args.trials is not None:
@@ -88,7 +89,7 @@ def begin(args: argparse.Namespace, workdir: pathlib.Path) -> Any:
                              f"--workdir")
         return grown(old, definition.num_trials, workdir) if definition.num_trials > old.num_trials else old
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / BASE).write_text(text)
+    write_text(workdir / BASE, text)
     definition.write(workdir)
     return definition
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.sweeps.space import Parameter, grid, read_space
 from lm.core.fields import check_known, did_you_mean, option
+from lm.core.whole_file import write_text
 
 FILE = "sweep.json"
 SAMPLERS = ("grid", "random", "tpe", "cmaes", "gp")
@@ -67,7 +68,7 @@ class Definition:
 
     def write(self, workdir: pathlib.Path) -> None:
         """Keeps it."""
-        (workdir / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_text(workdir / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def from_data(given: dict[str, Any], where: str) -> Definition:

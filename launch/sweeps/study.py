@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from launch.sweeps.definition import Definition
+from launch.sweeps.journal import JournalLock
 from launch.sweeps.space import grid, suggest
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def storage(definition: Definition, workdir: pathlib.Path) -> Any:
     package = optuna()
     if definition.storage is None:
         journal = package.storages.journal
-        return package.storages.JournalStorage(journal.JournalFileBackend(str(workdir / "study.journal")))
+        path = str((workdir / "study.journal").absolute())
+        return package.storages.JournalStorage(journal.JournalFileBackend(path, lock_obj=JournalLock(path)))
     try:
         return package.storages.RDBStorage(definition.storage)
     except Exception as error:
@@ -102,8 +104,9 @@ class Queue:
         self.storage = storage(definition, workdir)
         with self.locked():
             study = self.study()
-            if definition.engine == "grid" and not study.get_trials(deepcopy=False):
-                for chosen in grid(definition.space)[:definition.num_trials]:
+            if definition.engine == "grid":  # whoever began with this may have been killed on the way
+                there = len(study.get_trials(deepcopy=False))
+                for chosen in grid(definition.space)[there:definition.num_trials]:
                     study.enqueue_trial(chosen)
 
     def study(self) -> Any:
@@ -142,6 +145,7 @@ class Queue:
             trial = package.trial.Trial(study, frozen._trial_id)
             held = self.hold(trial)
             if held is not None:
+                study.sampler = sampler(self.definition, frozen.number)
                 self.choose(trial)  # nothing new, but for a worker that was killed before it had chosen
                 log.info("trial %d goes on: its worker is gone", frozen.number)
                 yield held

@@ -13,11 +13,14 @@ from typing import Any
 from launch.sweeps.definition import Definition
 from launch.sweeps.space import text_of
 from launch.sweeps.study import ERROR, VALUES, Held, optuna
-from lm.train.exit_codes import DONE, PREEMPTED
+from lm.train.base import FOLDER
+from lm.train.exit_codes import DONE, HUNG, PREEMPTED
 
 BASE = "config.json"
 LOG = "log.txt"
 POLL_SECONDS = 0.5
+ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, HUNG)  # out of memory, a broken device: no fault of the config
+KILLED, TRIES = "killed", 3
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -34,8 +37,8 @@ def training_command(workdir: pathlib.Path, held: Held) -> list[str]:
 
 def run(held: Held, definition: Definition, workdir: pathlib.Path, environ: Mapping[str, str],
         stopping: threading.Event) -> str:
-    """Trains, and tells the study. Returns "complete", "pruned", "failed", or "stopped" where it was told to stop: then
-    the trial is left for whoever comes next."""
+    """Trains, and tells the study. Returns "complete", "pruned", "failed", or "stopped" where it was told to stop, and
+    "killed" where it was ended from outside: then the trial is left for whoever comes next."""
     package = optuna()
     study, number, metrics = held.trial.study, held.number, held.folder / "metrics.jsonl"
     command = training_command(workdir, held)
@@ -57,6 +60,8 @@ def run(held: Held, definition: Definition, workdir: pathlib.Path, environ: Mapp
         return "pruned"
     if process.returncode == PREEMPTED or (asked and process.returncode == -signal.SIGTERM):
         return "stopped"
+    if process.returncode in ENDED_FROM_OUTSIDE and try_again(held):
+        return "killed"
     result = held.folder / "final_result.json"
     values, why = None, ""
     if process.returncode == DONE and result.exists():
@@ -70,6 +75,18 @@ def run(held: Held, definition: Definition, workdir: pathlib.Path, environ: Mapp
         return "failed"
     study.tell(number, values)
     return "complete"
+
+
+def try_again(held: Held) -> bool:
+    """Whether a training that something killed is worth another start: not where it got no further TRIES times in a
+    row, as a config that needs more memory than there is."""
+    folder = held.folder / FOLDER
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    at = max(steps, default=0)
+    before, times = held.trial.user_attrs.get(KILLED, (-1, 0))
+    times = times + 1 if at <= before else 1
+    held.trial.set_user_attr(KILLED, [at, times])
+    return times < TRIES
 
 
 def read_values(result: Mapping[str, Any], definition: Definition) -> tuple[list[float] | None, str]:

@@ -53,6 +53,16 @@ def sweep(*words):
     return cli.main(["sweep", *map(str, words)])
 
 
+def stop_after(seconds):
+    """SIGTERM to this process, so long after something here listens to it."""
+    def stop():
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+
+
 def trials(workdir):
     definition = from_data(json.loads((workdir / "sweep.json").read_text()), "x")
     return study.open_study(definition, workdir).get_trials(deepcopy=False)
@@ -114,7 +124,7 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path, fast):
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, fast, capsys):
     fast(30, 0.05)
     flags = ["--config", TINY, "--workdir", tmp_path, "--param", "optimizer.learning_rate=0.1,0.2", "--workers=1"]
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    stop_after(1.0)
     assert sweep(*flags) == 75
     assert [one.state.name for one in trials(tmp_path)] == ["RUNNING", "WAITING"]
     assert sweep("worker", "--workdir", tmp_path) == 0
@@ -138,7 +148,7 @@ sys.exit(cli.main(["sweep", "worker", "--workdir", sys.argv[1], "--workers", "1"
 def test_a_killed_worker_loses_no_trial_and_none_runs_twice_at_once(tmp_path, fast):
     fast(20, 0.05)
     # Begun and stopped at once, so that only the workers below run trials.
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    stop_after(0.2)
     sweep("--config", TINY, "--workdir", tmp_path, "--param", "optimizer.learning_rate=0.1,0.2,0.3,0.4", "--workers=1")
     start = lambda: subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), FAKE], cwd=ROOT,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -155,6 +165,24 @@ def test_a_killed_worker_loses_no_trial_and_none_runs_twice_at_once(tmp_path, fa
     for folder in (tmp_path / "trials").iterdir():
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 21)), folder
+
+
+@pytest.mark.parametrize(("kills", "state"), [(2, "COMPLETE"), (9, "FAIL")])
+def test_a_training_that_is_killed_is_started_again_but_not_for_ever(tmp_path, fast, monkeypatch, kills, state):
+    fast(1)
+    whole = trial.training_command
+    count = tmp_path / "kills"
+    killed = (f"import os, pathlib; p = pathlib.Path({str(count)!r}); p.open('a').write('x')\n"
+              f"if len(p.read_text()) <= {kills}: os.kill(os.getpid(), 9)\n")
+
+    def command(workdir, held):
+        python, c, code, *flags = whole(workdir, held)
+        return [python, c, killed + code, *flags]
+    monkeypatch.setattr(trial, "training_command", command)
+    assert sweep("--config", TINY, "--workdir", tmp_path / "s", "--param", "optimizer.learning_rate=0.1",
+                 "--workers=1") == (state == "FAIL")
+    assert [one.state.name for one in trials(tmp_path / "s")] == [state]
+    assert len(count.read_text()) == 3
 
 
 @pytest.mark.parametrize(("flags", "says"), [
