@@ -23,6 +23,7 @@ COMMANDS = {
     "config": ("launch.config_command", "print the resolved config; `config diff A B` compares two"),
     "launch": ("launch.launch", "start a run on this machine, Slurm, TPU VMs, GKE, or a cloud's GPUs"),
     "sweep": ("launch.sweep", "many runs with different settings: a grid, or a search"),
+    "scale": ("launch.scale", "a ladder of sizes: the laws of their losses, and what the next size comes to"),
     "plan": ("launch.plan", "what a config costs: its layers; memory and least time of a step on a machine not here"),
     "report": ("launch.report", "runs or a sweep as one HTML page and as Markdown"),
     "watch": ("launch.watch", "how runs are going, in the terminal"),
