@@ -16,12 +16,13 @@ Array = jax.Array
 
 
 def sizes(width: int, block: int) -> tuple[int, ...]:
-    """Sides of the corners to choose from: nothing, a quarter and a half where they are a block or more, all."""
-    return (0, *(width // part for part in (4, 2) if width // part >= block), width)
+    """Sides of the corners to choose from: all, a half and a quarter where they are a block or more, nothing."""
+    return (width, *(width // part for part in (2, 4) if width // part >= block), 0)
 
 
 def corners(q_documents: Array, k_documents: Array, widths: Sequence[int], block: int, tokens: int) -> Array:
-    """[B, levels] int32: for each width which of its `sizes` holds all that a row's queries see in its squares.
+    """[B, levels] int32: for each width which of its `sizes` is the last that holds all that a row's queries see in its
+    squares; 0 where it takes them whole.
 
     Documents are [B, T] in any order; where their numbers do not ascend in a row, more is taken than needed, never
     less. Positions from `tokens` on do not count.
@@ -34,12 +35,12 @@ def corners(q_documents: Array, k_documents: Array, widths: Sequence[int], block
         rows = queries.shape[0]
         late = queries.reshape(rows, -1, 2, width)[:, :, 1]  # [B, n, w]
         early = keys.reshape(rows, -1, 2, width)[:, :, 0]
-        missed = []
-        for size in sizes(width, block)[:-1]:
+        held = []
+        for size in sizes(width, block)[1:]:
             # No query outside of the corner sees any key, and no key outside is seen by any query.
             enough = late[..., size:].min(-1) > early.max(-1)
             if size:
                 enough &= late.min(-1) > early[..., :width - size].max(-1)
-            missed.append(~enough.all(-1))
-        found.append(sum(one.astype(jnp.int32) for one in missed))
+            held.append(enough.all(-1))
+        found.append(sum(one.astype(jnp.int32) for one in held))
     return jnp.stack(found, axis=-1) if found else jnp.zeros((queries.shape[0], 0), jnp.int32)
