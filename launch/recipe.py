@@ -46,4 +46,5 @@ def recipe_of(model: Any, train: Any, optimizer: Any, loss: Mapping[str, Any]) -
     if train.pass_memory is not None:
         carry = first_carry(model.initial_state)
     carry = preference.copy_of(loss, train, boxed) or carry
-    return Recipe(init, boxed, build_optimizer(optimizer, nn.meta.unbox(boxed), train.steps, tables_of(model)), carry)
+    return Recipe(init, boxed, build_optimizer(optimizer, nn.meta.unbox(boxed), train.steps, tables_of(model)), carry,
+                  train.guard_window)

@@ -43,7 +43,7 @@ def train_step(asked: Mapping[str, Any], mesh: Mesh) -> Program:
     step = jax.jit(
         make_train_step(make_apply(model), objective_of(model, train, loss), recipe.optimizer,
                         microbatches=train.microbatches, skip_nonfinite=train.on_nonfinite == "skip",
-                        per_microbatch=train.per_microbatch, mask=mask_of(asked, train)),
+                        spike_sigma=train.spike_sigma, per_microbatch=train.per_microbatch, mask=mask_of(asked, train)),
         donate_argnums=0, out_shardings=(recipe.shardings(mesh), None))
     state = recipe.abstract(mesh)
     held = {"params": bytes_of(state.params) + bytes_of(state.ema), "optimizer": bytes_of(state.opt_state),

@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from lm.core.tree import named_leaves
 from lm.train import base as bases
 from lm.train.base import FOLDER
+from lm.train.guard import Guard, fresh_guard
 from lm.train.options import CheckpointOptions
 from lm.train.state import TrainState
 
@@ -81,17 +82,21 @@ class Checkpoints:
         base = bases.base_of(self._folder / str(step))
         held = abstract if base is None else _replaced(abstract, bases.apart)
         try:
-            wrong = misfit(saved_shapes(self._folder / str(step)), held)
+            saved = saved_shapes(self._folder / str(step))
+            held = held._replace(guard=_guard_like(saved, held))
+            wrong = misfit(saved, held)
             if wrong:
                 raise ValueError(wrong)
             out = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(held), meta=ocp.args.JsonRestore()))
+                state=ocp.args.StandardRestore(_of_its_age(saved, held)), meta=ocp.args.JsonRestore()))
         except (ValueError, KeyError, FileNotFoundError) as error:
             # Libraries add pages about the file that they were reading; the first line says what is wrong.
             raise ValueError(f"checkpoint {self._folder / str(step)} does not fit this config or is damaged: "
                              f"{next(iter(str(error).splitlines()), type(error).__name__)}. Start with the config it "
                              f"was made by, or delete that folder to go on from the one before") from error
-        state = TrainState(*out["state"])
+        state = TrainState(**out["state"])
+        if not _same_shapes(held.guard, abstract.guard):
+            state = state._replace(guard=_fresh_guard(abstract.guard))
         if base is not None:
             frozen = _base_params(self._folder.parent, base, bases.own(abstract.params))
             state = state._replace(params={**frozen, **state.params}, ema=state.ema and {
@@ -131,6 +136,32 @@ def open_checkpoints(workdir: epath.PathLike, options: CheckpointOptions) -> Ite
     finally:
         checkpoints.close()
         checkpoints.remove_if_empty()
+
+
+def _guard_like(saved: Mapping[str, Any], abstract: TrainState) -> Guard | None:
+    """The guard that a checkpoint holds, to be read with it: it may have none, or one of another window."""
+    there = saved.get("guard")
+    if there is None:
+        return None
+    return Guard(**{name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=abstract.step.sharding)
+                    for name, leaf in there.items()})
+
+
+def _of_its_age(saved: Mapping[str, Any], abstract: TrainState) -> dict[str, Any]:
+    """What orbax is asked for: the fields that there were when the checkpoint was written, also where they are None."""
+    return {name: value for name, value in abstract._asdict().items() if name in saved or value is not None}
+
+
+def _same_shapes(a: Any, b: Any) -> bool:
+    return jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)
+
+
+def _fresh_guard(abstract: Guard | None) -> Guard | None:
+    """For a run that gets a guard, or another window, on its way."""
+    if abstract is None:
+        return None
+    make = jax.jit(lambda: fresh_guard(abstract.seen.shape[1]), out_shardings=jax.tree.map(lambda s: s.sharding, abstract))
+    return make()
 
 
 def _replaced(state: TrainState, part: Callable[[Any], Any]) -> TrainState:

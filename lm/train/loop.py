@@ -1,6 +1,7 @@
 """The train loop, read from top to bottom: restore, then step, log, evaluate and save until done or told to stop."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.types import Apply, Objective, Params
+from lm.core.whole_file import write_text
 from lm.train.checkpoint import Checkpoints, open_checkpoints
 from lm.train.exit_codes import DONE, NONFINITE, PREEMPTED
 from lm.train.expert_plot import plot_experts
@@ -24,13 +26,16 @@ from lm.train.options import CheckpointOptions, LogOptions, TrainOptions
 from lm.train.plots import plot_loss
 from lm.train.profiling import Profiler
 from lm.train.progress import Progress
+from lm.train.rollback import roll_back
 from lm.train.signals import Preemption
 from lm.train.state import Recipe, TrainState
 from lm.train.step import make_train_step
 from lm.train.watchdog import Watchdog
-from lm.train.writers import MetricsWriter
+from lm.train.writers import MetricsWriter, read_rows
 
 IN_FLIGHT = 2  # steps dispatched ahead of the newest finished one: enough to hide the host, few enough to stop soon
+
+RESULT = "final_result.json"
 
 Note = Callable[[str], None]
 
@@ -90,7 +95,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
     step_fn = jax.jit(
         make_train_step(experiment.apply, experiment.objective, experiment.recipe.optimizer,
                         microbatches=options.microbatches, skip_nonfinite=options.on_nonfinite == "skip",
-                        per_microbatch=options.per_microbatch, mask=experiment.mask),
+                        spike_sigma=options.spike_sigma, per_microbatch=options.per_microbatch, mask=experiment.mask),
         donate_argnums=0, out_shardings=(experiment.recipe.shardings(mesh), None))
 
     with open_checkpoints(workdir, checkpoint) as checkpoints:
@@ -98,15 +103,17 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
         state, begin, base = restore_or_create(experiment, checkpoints, mesh, options, start)
         noted = {"data": dict(experiment.data), **({} if base is None else {"base": dict(base)})}
         begun()
+        meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat,
+                          passes=experiment.passes)
         if begin >= options.steps:
             if first_process:
+                finish_again(workdir, begin, meter.flops(begin), experiment.baselines)
                 print(f"This run is complete: {workdir} holds step {begin} of {options.steps}. Raise train.steps to go "
                       f"on, or name another workdir.", flush=True)
             return DONE
 
-        meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat,
-                          passes=experiment.passes)
         code, metrics, evaluated = DONE, {}, {}
+        skipped = None if begin else 0.0
         with (MetricsWriter(workdir, log, process_index=jax.process_index(), start_step=begin) as writer,
               Progress(options.steps, begin, log.every, quiet=not first_process) as progress,
               Profiler(profile, workdir, total_steps=options.steps) as profiler,
@@ -124,6 +131,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
             def save(step: int) -> None:
                 with meter.paused(metrics), watchdog.paused():
+                    writer.flush()  # no checkpoint is newer than its rows
                     checkpoints.save(step, state, {**noted, "step": step}, evaluated)
 
             put = lambda batch: to_device(batch, mesh, index, count)
@@ -152,11 +160,19 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                 last = step == options.steps
                 if any(due.values()) or last or stopping:
                     row = scalars(metrics, experiment.bytes_per_token)
-                    if nonfinite(row, options):
+                    ending = nonfinite(row, options)
+                    if ending and options.after_max_skips == "rollback" and row["train/bad_step"] < 0:
+                        if last or any(due.values()):  # a run that is not told to stop here comes to the same
+                            state, abstract = None, experiment.recipe.abstract(mesh)  # its memory is needed now
+                            with meter.paused(), watchdog.paused():
+                                state = roll_back(checkpoints, abstract, row, step, options.max_rollbacks)
+                        ending = state is None
+                    if ending:
                         code = NONFINITE
-                        bad = int(row["train/bad_step"]) if options.on_nonfinite == "stop" else step - 1
-                        report_nonfinite(experiment, workdir, bad, index, count)
+                        report_nonfinite(experiment, workdir, row, step, index, count)
                         break
+                    say_skipped(row, step, skipped, progress.note)
+                    skipped = row["train/skipped"]
                     if due["log"] or last or stopping:
                         row |= meter.report()
                         writer.write(step, row)
@@ -167,7 +183,9 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                 evaluated = {}
                 if due["evaluate"] or (last and schedule.final):
                     evaluated = evaluate(step)
-                if due["save"] or last or stopping:
+                # What a run goes back to is from before the updates that it leaves out.
+                good = options.after_max_skips == "stop" or not due["save"] or row["train/skips"] == 0
+                if (due["save"] and good) or last or stopping:
                     save(step)
                 if stopping and not last:
                     code = PREEMPTED
@@ -207,34 +225,55 @@ def scalars(metrics: Mapping[str, Any], bytes_per_token: float | None) -> dict[s
 
 
 def nonfinite(row: Mapping[str, float], options: TrainOptions) -> bool:
-    """Whether the run has to end: a bad step, or too many skipped ones in a row."""
-    if options.on_nonfinite == "stop":
-        return row["train/bad_step"] >= 0
-    return row["train/skips"] > options.max_skips
+    """Whether this cannot go on: a bad step, or too many updates in a row that were left out."""
+    return row["train/bad_step"] >= 0 or row["train/skips"] > options.max_skips
 
 
-def report_nonfinite(experiment: Experiment, workdir: epath.Path, step: int, index: int, count: int) -> None:
-    """Says at which step the loss or gradient stopped being finite, and writes that step's batch beside the metrics.
+def say_skipped(row: Mapping[str, float], step: int, before: float | None, note: Note) -> None:
+    """A line where updates were left out since the last row."""
+    new = 0 if before is None else int(row["train/skipped"] - before)
+    if new > 0:
+        note(f"step {step}: {new} update(s) left out since the last row, {int(row['train/skipped'])} in all"
+             + (f", {int(row['train/spikes'])} of them spikes" if "train/spikes" in row else ""))
+
+
+def report_nonfinite(experiment: Experiment, workdir: epath.Path, row: Mapping[str, float], step: int, index: int,
+                     count: int) -> None:
+    """Says what ended the run after `step` steps, and writes the batch of the bad step beside the metrics.
 
     The parameters were left as they were before that step; no checkpoint is written.
     """
-    batch = experiment.batch_at(step, index, count)
-    path = workdir / f"nonfinite_step{step + 1}_rows{index}.npz"
+    bad = int(row["train/bad_step"]) if row["train/bad_step"] >= 0 else step - 1
+    what = f"Loss or gradient of step {bad + 1} is not finite"
+    if row["train/bad_step"] < 0:
+        what = f"{int(row['train/skips'])} updates in a row were left out, up to step {bad + 1} (train.max_skips)"
+    batch = experiment.batch_at(bad, index, count)
+    path = workdir / f"nonfinite_step{bad + 1}_rows{index}.npz"
     with path.open("wb") as file:
         np.savez(file, **batch._asdict())
     rows = len(batch.tokens)
-    first = step * rows * count + index * rows
-    logging.error("Loss or gradient of step %d is not finite. Its batch (global rows %d to %d) is in %s. Training "
-                  "stopped; the last checkpoint is from before. Lower the learning rate, set optimizer.clip_norm, or "
-                  "set train.on_nonfinite='skip'.", step + 1, first, first + rows - 1, path)
+    first = bad * rows * count + index * rows
+    logging.error("%s. Its batch (global rows %d to %d) is in %s. Training stopped; the last checkpoint is from "
+                  "before. Lower the learning rate, set optimizer.clip_norm, or leave such updates out: "
+                  "train.on_nonfinite='skip', train.spike_sigma.", what, first, first + rows - 1, path)
 
 
 def finish(workdir: epath.Path, step: int, code: int, result: Mapping[str, float | None],
            baselines: Mapping[str, float]) -> None:
-    """Writes final_result.json and the plots."""
-    values = {name: value if value is None or math.isfinite(value) else str(value) for name, value in result.items()}
-    (workdir / "final_result.json").write_text(
-        json.dumps({"step": step, "exit_code": code, **values, **{f"baseline/{n}": v for n, v in baselines.items()}},
-                   indent=2) + "\n")
+    """Draws the plots and writes final_result.json, which comes last: where it is, the run has ended."""
     plot_loss(workdir, baselines=baselines)
     plot_experts(workdir)
+    values = {name: value if value is None or math.isfinite(value) else str(value) for name, value in result.items()}
+    write_text(workdir / RESULT, json.dumps({"step": step, "exit_code": code, **values,
+                                             **{f"baseline/{n}": v for n, v in baselines.items()}}, indent=2) + "\n")
+
+
+def finish_again(workdir: epath.Path, step: int, flops: float | None, baselines: Mapping[str, float]) -> None:
+    """The same for a run that was killed between its last checkpoint and its end, from the rows of its last step;
+    nothing where it came to its end."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        result = json.loads((workdir / RESULT).read_text())
+        if result["step"] == step and result["exit_code"] == DONE:
+            return
+    values = {name: value for row in read_rows(workdir) if row["step"] == step for name, value in row.items()}
+    finish(workdir, step, DONE, {**values, "train/flops": flops}, baselines)

@@ -19,7 +19,15 @@ class TrainOptions:
     seed: int = option(0, "of parameters, dropout and the order of the data")
     on_nonfinite: Literal["stop", "skip"] = option("stop", "at a NaN or infinite loss or gradient: stop with exit "
                                                    "code 76, or skip the update and go on")
-    max_skips: int = option(10, "with on_nonfinite='skip': stop after this many skipped updates in a row")
+    spike_sigma: float | None = option(None, "leave out an update whose loss or gradient norm is above the mean of the "
+                                             "last spike_window by so many standard deviations; None takes all")
+    spike_window: int = option(128, "updates of that mean; the rule begins when half of them are there")
+    max_skips: int = option(10, "updates left out in a row (not finite with on_nonfinite='skip', or spikes) after which "
+                            "the run does as after_max_skips says")
+    after_max_skips: Literal["stop", "rollback"] = option(
+        "stop", "stop with exit code 76, or go back to the parameters of the last checkpoint from before and on with "
+                "the data from here")
+    max_rollbacks: int = option(3, "after going back so many times, stop with exit code 76")
     per_microbatch: bool = option(False, "allow terms that do not add up over microbatches, computed in each alone")
     carry_state: bool = option(False, "truncated backpropagation through time: rows go on from the model's state after "
                                       "the step before; needs data.packing='lanes' and a state of constant size")
@@ -58,12 +66,33 @@ class TrainOptions:
                 raise ValueError(f"config.train.{name} is about adapters, and there are none; set train.lora_rank")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ValueError(f"config.train.lora_alpha={self.lora_alpha} must be above 0, or None")
-        if self.max_skips < 0:
-            raise ValueError(f"config.train.max_skips={self.max_skips} must be at least 0")
+        for name in ("max_skips", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.train.{name}={getattr(self, name)} must be at least 0")
+        self.check_guard()
         try:
             re.compile(self.lora_match)
         except re.error as error:
             raise ValueError(f"config.train.lora_match={self.lora_match!r} is no regular expression: {error}") from None
+
+
+    @property
+    def guard_window(self) -> int | None:
+        """Updates that the guard of the train state sees, None where there is none."""
+        return self.spike_window if self.spike_sigma is not None or self.after_max_skips == "rollback" else None
+
+    def check_guard(self) -> None:
+        """Raises ValueError for a rule about spikes that cannot be followed."""
+        if self.spike_sigma is not None and not self.spike_sigma > 0:
+            raise ValueError(f"config.train.spike_sigma={self.spike_sigma} must be above 0, or None")
+        if self.spike_window < 2:
+            raise ValueError(f"config.train.spike_window={self.spike_window} must be at least 2")
+        if self.after_max_skips == "rollback" and self.spike_sigma is None and self.on_nonfinite == "stop":
+            raise ValueError("config.train.after_max_skips='rollback', and no update is ever left out; set "
+                             "train.spike_sigma or train.on_nonfinite='skip'")
+        if self.after_max_skips == "rollback" and self.carry_state:
+            raise ValueError("config.train.after_max_skips='rollback' goes on with other text than the restored state "
+                             "has read, and train.carry_state goes on in its own; use one of them")
 
 
 @dataclasses.dataclass(frozen=True)

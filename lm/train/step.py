@@ -21,17 +21,19 @@ from lm.losses.base import weight_at
 from lm.optim.builder import Optimizer
 from lm.optim.ema import ema_update
 from lm.optim.trainable import restore, select
+from lm.train.guard import is_spike, noted
 from lm.train.state import TrainState
 
 
 def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *, microbatches: int = 1,
-                    skip_nonfinite: bool = False, per_microbatch: bool = False,
+                    skip_nonfinite: bool = False, spike_sigma: float | None = None, per_microbatch: bool = False,
                     mask: Callable[[Batch, Array], Batch] | None = None
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function that a run jits, with its state donated.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step` (or, with skip_nonfinite, the count of
-    skips and the step). Metrics are scalars, keyed `train/...`. What layers counted (`metrics["tally"]`) is settled
+    skips and the step). With spike_sigma, neither does one that the state's guard takes for a spike (`lm.train.guard`):
+    it counts as skipped. Metrics are scalars, keyed `train/...`. What layers counted (`metrics["tally"]`) is settled
     once, from the whole batch: running statistics move on with the parameters, and there are metrics of each layer,
     `train/layer_<depth>/...`. mask: called with the whole batch and the step (int32, from 0), changes its weights.
 
@@ -86,7 +88,14 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             grads = jax.tree.map(lambda g: g * scale, grads)
             before, opt_before = tables.without(before), opt_before._replace(tables=None)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        ok = finite & (state.bad_step < 0)
+        guard, spike, taken = state.guard, False, finite
+        if guard is not None:
+            values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+            if spike_sigma is not None:
+                spike = finite & is_spike(guard, values, spike_sigma)
+                taken = finite & ~spike
+        ok = taken & (state.bad_step < 0)
+        guard = None if guard is None else noted(guard, values, ok, spike)
 
         def update(grads, carry):
             updates, opt_state = optimizer.tx.update(grads, opt_before, before)
@@ -109,14 +118,17 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
         bad = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         after = TrainState(
             step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema=ema, key=state.key,
-            bad_step=state.bad_step if skip_nonfinite else bad, skips=jnp.where(finite, 0, state.skips + 1),
-            skipped=state.skipped + jnp.where(finite, 0, 1))
+            bad_step=state.bad_step if skip_nonfinite else bad, skips=jnp.where(taken, 0, state.skips + 1),
+            skipped=state.skipped + jnp.where(taken, 0, 1),
+            guard=guard)
         report = {
             "train/loss": loss, "train/grad_norm": grad_norm,
             "train/lr": rate,
             "train/tokens": jnp.sum(batch.present, dtype=jnp.float32), "train/skips": after.skips,
             "train/skipped": after.skipped,
             "train/bad_step": after.bad_step,
+            **({} if after.guard is None else {f"train/{name}": getattr(after.guard, name)
+                                               for name in ("spikes", "rollbacks", "back_to")}),
             **{f"train/{name}": mean.value for name, mean in {**means, **metrics}.items()},
             **{f"train/{name}": value
                for name, value in by_layer(counted, named_leaves(state.params)).items()},

@@ -88,6 +88,9 @@ class AppendedFile:
         """Adds a line and hands it to the operating system, so that it outlives this process."""
         self._file.write(line + "\n")
 
+    def flush(self) -> None:
+        """Nothing is waiting here."""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -108,9 +111,14 @@ class RewrittenFile:
         """Adds a line, and writes the file when it is time."""
         self._lines.append(line)
         self._changed = True
-        began = time.monotonic()
-        if began < self._due:
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the file now; a store that fails gets another chance later."""
+        if not self._changed:
             return
+        began = time.monotonic()
         try:
             self._save()
         except Exception as error:  # any error of any store: numbers are not worth a training run
@@ -161,6 +169,11 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, int(step))
         if self._wandb is not None:
             self._wandb.log({"step": int(step), **known})
+
+    def flush(self) -> None:
+        """Rows so far are where they will be read, as far as the place takes them now."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         """Writes what is buffered and closes everything; more calls do nothing."""
