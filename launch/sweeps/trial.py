@@ -20,7 +20,7 @@ BASE = "config.json"
 LOG = "log.txt"
 POLL_SECONDS = 0.5
 ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, HUNG)  # out of memory, a broken device: no fault of the config
-KILLED, TRIES = "killed", 3
+KILLED, TRIES = "killed", 5
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
