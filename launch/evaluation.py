@@ -10,7 +10,7 @@ from etils import epath
 from launch import config as configs
 from launch.memorization import memorization_of, summary
 from launch.preference import objective_of
-from lm.core.types import Params
+from lm.core.types import Apply, Params
 from lm.data.loader import build_dataset
 from lm.data.ngram import fit_bigram
 from lm.eval.base import by_set, evaluate
@@ -20,7 +20,6 @@ from lm.eval.perplexity import Perplexity
 from lm.eval.preference import Preference
 from lm.eval.samples import encode_prompt, sample_texts
 from lm.eval.sets import load_text, set_of
-from lm.models.build import make_apply
 from lm.models.recurrent_depth import check_recurrent
 from lm.train.feed import data_shard, to_device
 
@@ -31,16 +30,16 @@ _SHOWN = (("loss", "loss"), ("accuracy", "accuracy"), ("reward_auc", "reward AUC
 class Evaluation:
     """Called by the loop with (params, step, note). `baselines` is filled at the first call.
 
-    prepared: the run, as `launch.train` builds it. Every process evaluates its own rows. Samples are drawn and
-    written in runs of one process only.
+    prepared: the run, as `launch.train` builds it; apply: its model's. Every process evaluates its own rows. Samples
+    are drawn and written in runs of one process only.
     """
 
-    def __init__(self, prepared: Any, workdir: str):
+    def __init__(self, prepared: Any, workdir: str, apply: Apply):
         self.baselines: dict[str, float] = {}
         self._prepared, self._workdir = prepared, epath.Path(workdir)
         self._options = configs.options(prepared.config, "eval")
         self._data = configs.options(prepared.config, "data")
-        self._apply = make_apply(prepared.model)
+        self._apply = apply
         size = {"batch_size": prepared.options.batch_size, "seq_len": self._options.seq_len or prepared.options.seq_len}
         index, count = data_shard(prepared.mesh, **size)
         datasets = {}

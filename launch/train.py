@@ -69,8 +69,8 @@ class Prepared:
     goldfish: Any = None  # lm.core.goldfish.Goldfish, where the train step makes the mask
     began: dict = dataclasses.field(default_factory=dict)  # "base": see `lm.train.base`, once the run has begun
 
-    def experiment(self, workdir: str) -> Any:
-        """The `lm.train.loop.Experiment` of this run."""
+    def experiment(self, workdir: str, apply: Any = None) -> Any:
+        """The `lm.train.loop.Experiment` of this run. apply: the model's, where runs are to share compiled programs."""
         from launch import adapters
         from launch import config as configs
         from launch.evaluation import Evaluation
@@ -80,7 +80,8 @@ class Prepared:
         from lm.models.build import make_apply
         from lm.train.loop import Experiment
         data = configs.options(self.config, "data")
-        evaluation = Evaluation(self, workdir)
+        apply = make_apply(self.model) if apply is None else apply
+        evaluation = Evaluation(self, workdir, apply)
         bytes_per_token = self.train_set.bytes_per_target if self.train_set.num_bytes else None
 
         def batches(start, index, count):
@@ -88,7 +89,7 @@ class Prepared:
                            num_threads=data.num_threads, prefetch=data.prefetch, num_workers=data.num_workers)
 
         return Experiment(
-            apply=make_apply(self.model), recipe=self.recipe,
+            apply=apply, recipe=self.recipe,
             objective=objective_of(self.model, self.options, self.config.loss.to_dict()),
             batches=batches, batch_at=reporting(self.train_set), evaluate=evaluation,
             data={"fingerprint": self.train_set.fingerprint},
@@ -118,8 +119,9 @@ class Prepared:
         return state
 
 
-def prepare(config: Any) -> Prepared:
-    """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled."""
+def prepare(config: Any, corpora: Any = None) -> Prepared:
+    """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled. corpora:
+    of another run with the same data."""
     from launch import config as configs
     from launch.distill import check_teacher
     from launch.preference import check_rows
@@ -137,7 +139,7 @@ def prepare(config: Any) -> Prepared:
     check_batch(options.batch_size, options.seq_len, mesh, options.microbatches)
     data = configs.options(config, "data")
     check_carry(options, data, config)
-    corpora = load_corpora(data)
+    corpora = load_corpora(data) if corpora is None else corpora
     goldfish = goldfish_of(config.loss.to_dict(), special_ids(corpora.tokenizer), options.seq_len)
     if goldfish is not None:
         goldfish.check_vocab(corpora.tokenizer.vocab_size)

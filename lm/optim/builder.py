@@ -13,6 +13,7 @@ from lm.optim.muon import scale_by_muon
 from lm.optim.options import OptimizerOptions
 from lm.optim.per_layer import per_layer
 from lm.optim.rules import Row, table
+from lm.optim.scalars import Scalars
 from lm.optim.schedules import make_schedule
 from lm.optim.sparse.resolve import beside_tables, sparse_tables
 from lm.optim.sparse.tables import SparseTables
@@ -36,7 +37,7 @@ class Optimizer:
 
 
 def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: int,
-                    tables: Mapping[str, Table] | None = None) -> Optimizer:
+                    tables: Mapping[str, Table] | None = None, *, scalars: Scalars | None = None) -> Optimizer:
     """The optimizer of these variables ({"params": ...}, with {"lora": ...} beside it where there are adapters).
 
     In order: gradients of trainable parameters, clipped by their global norm; each parameter's direction by its
@@ -46,12 +47,19 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
       params_shapes: arrays or `jax.ShapeDtypeStruct`s; only names and shapes are read.
       total_steps: length of the schedule.
       tables: by parameter, the tables of the model; used with `options.sparse_tables`.
+      scalars: numbers, which may be traced, in place of those of the options. What is left out where a number is 0 or 1
+        is as the options say.
 
     Raises ValueError for options that do not fit together, a rule that matches nothing, or a schedule too long.
     """
     options.check()
-    schedule = make_schedule(options, total_steps)
     rows = table(options, params_shapes)
+    names = [row.name for row in rows]
+    given = scalars or Scalars(options.learning_rate, *zip(*((row.weight_decay, row.lr_multiplier) for row in rows),
+                                                           strict=True))
+    decay, multiplier = dict(zip(names, given.weight_decay, strict=True)), dict(zip(names, given.lr_multiplier,
+                                                                                    strict=True))
+    schedule = make_schedule(dataclasses.replace(options, learning_rate=given.learning_rate), total_steps)
     by_name = {row.name: row for row in rows}
     mask = map_named(lambda name, _: not by_name[name].frozen, params_shapes)
     sparse = sparse_tables(options, by_name, tables or {}) if options.sparse_tables else None
@@ -68,11 +76,11 @@ def build_optimizer(options: OptimizerOptions, params_shapes: Any, total_steps: 
                                  lambda tree: map_named(lambda name, _: _group(by_name[name]), tree)))
     if any(row.weight_decay for row in trainable):
         steps.append(optax.stateless(lambda updates, params: map_named(
-            lambda name, u, p: u + by_name[name].weight_decay * p if by_name[name].weight_decay else u,
+            lambda name, u, p: u + decay[name] * p if by_name[name].weight_decay else u,
             updates, params)))
     if any(row.lr_multiplier != 1 for row in trainable):
         steps.append(optax.stateless(lambda updates, _: map_named(
-            lambda name, u: u * by_name[name].lr_multiplier, updates)))
+            lambda name, u: u * multiplier[name], updates)))
     tx = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
     if options.state_dtype == "bfloat16":
         tx = store_in_bfloat16(tx, stochastic=options.stochastic_rounding)
