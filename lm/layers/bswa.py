@@ -15,7 +15,7 @@ from lm.layers.dropout import dropout
 from lm.layers.linear import Dense, project
 from lm.layers.norm import RMSNorm
 from lm.layers.rope import rotate
-from lm.layers.segments import Cut, Ring, check_fields, heads_of, keys_seen, places, scattered
+from lm.layers.segments import Cut, Ring, check_fields, chunks_behind, heads_of, keys_seen, places, scattered
 
 
 class BSWA(nn.Module):
@@ -69,11 +69,11 @@ class BSWA(nn.Module):
         T, where = x.shape[1], places(state, ctx, self.cut)
         new, slots = where.keys(k, v), state.order.shape[1]
         aligned = self.cut == "row" and slots == 0  # then chunks are blocks
-        behind = self.memory + (0 if aligned else 1)
-        several = chunking(T, self.block)[0] > 1
+        count, _ = chunking(T, self.block)
+        behind, several = chunks_behind(self.memory, count, slots, aligned), count > 1
+        past = state.in_order(behind * self.block) if several and slots else state.as_it_lies()
         y = block_sliding_attention(
-            where.queries(q, self.block, self.memory, self.same_reach), new,
-            state.in_order(behind * self.block) if several else state.as_it_lies(), block=self.block, behind=behind,
+            where.queries(q, self.block, self.memory, self.same_reach), new, past, block=self.block, behind=behind,
             stop_gradient=self.stop_gradient, row_memory=self.memory if aligned and not self.same_reach else None,
             implementation=self.implementation)
         if several:

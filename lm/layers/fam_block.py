@@ -16,11 +16,11 @@ from lm.core.sharding import constrain
 from lm.core.tables import SINKS
 from lm.core.types import Array, Aux, Context
 from lm.layers import feedback
-from lm.layers.block_sliding import Columns, Keys, block_sliding_attention, chunking, in_chunks, padded
+from lm.layers.block_sliding import Columns, Keys, block_sliding_attention, chunking, in_chunks, nothing, padded
 from lm.layers.dropout import dropout
 from lm.layers.fam import UNPLACED, FAMState
 from lm.layers.feedback import Memory, Steps
-from lm.layers.segments import Places, places, scattered
+from lm.layers.segments import Places, chunks_behind, places, scattered
 
 ONWARD = "onward"  # of ctx.shared: what goes from block to block beside the activations
 
@@ -70,10 +70,10 @@ class FAMBlock(nn.Module):
         q, k, v = heads(self.norm.copy(name="norm0")(x), ctx.positions)
         new = where.keys(k, v)
 
-        several = chunking(x.shape[1], fam.block)[0] > 1
-        aligned = fam.cut == "row" and state.order.shape[1] == 0  # then chunks are blocks
-        behind = fam.memory + (0 if aligned else 1)
-        past = state.ring.in_order(behind * fam.block) if several else state.ring.as_it_lies()
+        (count, _), slots = chunking(x.shape[1], fam.block), state.order.shape[1]
+        aligned = fam.cut == "row" and slots == 0  # then chunks are blocks
+        behind, several = chunks_behind(fam.memory, count, slots, aligned), count > 1
+        past = state.ring.in_order(behind * fam.block) if several and slots else state.ring.as_it_lies()
         seen, onward = None, ctx.shared.get(ONWARD)
         if fam.slots and not self.is_initializing():
             seen, state, flow = self._remember(state, where, ctx, new, past, onward, key(2))
@@ -126,7 +126,8 @@ class FAMBlock(nn.Module):
             whole = count * width
             filled = Keys(*(padded(x, whole) for x in new[:3]), padded(new.document, whole, -1))
             keys = (Keys(*(in_chunks(x, width) for x in filled)),)
-            if past.order.shape[1]:  # a block may have begun in the chunk before
+            if past.order.shape[1] or fam.cut == "document":  # a block may have begun in the chunk before
+                past = past if past.order.shape[1] else nothing(past, width)
                 shifted = (jnp.concatenate([p[:, -width:].astype(n.dtype), n[:, :-width]], axis=1)
                            for p, n in zip(past, filled, strict=True))
                 keys = (Keys(*(in_chunks(x, width) for x in shifted)), *keys)

@@ -42,11 +42,8 @@ class Ring(NamedTuple):
         return Keys(self.keys, self.values, self.order, self.documents)
 
     def in_order(self, size: int) -> Keys:
-        """The last `size` tokens, oldest first; empty where there are fewer."""
+        """The last `size` tokens, oldest first; empty where there are fewer. The ring must have slots."""
         slots = self.order.shape[1]
-        if slots == 0:
-            empty = lambda x, value: jnp.full((x.shape[0], size, *x.shape[2:]), value, x.dtype)
-            return Keys(empty(self.keys, 0), empty(self.values, 0), empty(self.order, 0), empty(self.documents, -1))
         order = self.length[:, None] - size + jnp.arange(size)
         there = (order >= 0) & (jnp.arange(size) >= size - slots)
         slot = order % slots
@@ -102,6 +99,14 @@ def places(ring: Ring, ctx: Context, cut: Cut) -> Places:
     return Places(order, document, start, order - start if cut == "document" else order, present)
 
 
+def chunks_behind(memory: int, chunks: int, slots: int, aligned: bool) -> int:
+    """Chunks before its own that a query of a call with so many may look into, with `slots` of a ring before the call.
+    aligned: chunks are blocks; else a block may begin in the chunk before. Without a ring there is nothing before the
+    call, whatever the memory."""
+    most = memory + (0 if aligned else 1)
+    return most if slots else min(most, chunks - 1)
+
+
 def scattered(present: Array) -> Array:
     """[B]: whether a real token stands behind padding, which chunks of a call cannot serve."""
     return jnp.any(present[:, 1:] & ~present[:, :-1], axis=1)
@@ -129,6 +134,10 @@ def check_fields(layer: Any, kind: str, embed_dim: int) -> None:
                          f"{layer.rope_theta}; rope_theta=None is without them")
     if layer.block < 1 or layer.memory < 0:
         raise ValueError(f"{kind}.block={layer.block} must be at least 1 and {kind}.memory={layer.memory} at least 0")
+    if (layer.memory + 1) * layer.block >= 2**31:
+        raise ValueError(f"{kind}.block={layer.block} and {kind}.memory={layer.memory} make a window of "
+                         f"{(layer.memory + 1) * layer.block} tokens, which 32 bits do not count; windows as long as a "
+                         f"row see all of it")
 
 
 def keys_seen(block: int, memory: int, seq_len: int) -> float:

@@ -246,8 +246,42 @@ def test_time_split_over_devices_fetches_what_it_looks_back_to(axes, block, memo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
 
 
+def test_pieces_on_devices_that_split_time_see_the_ring():
+    x, layer = inputs()[1][:1], BSWA(num_heads=H, block=4, memory=1)
+
+    def pieces(variables, x):
+        state, outs = layer.initial_state(1, D, x.dtype, capacity=64), []
+        for start in (0, T // 2):
+            y, state, _ = layer.apply(variables, x[:, start:start + T // 2], state, context(1, T // 2, start=start))
+            outs.append(y)
+        return jnp.concatenate(outs, axis=1)
+
+    want = jax.jit(pieces)(inputs()[0], x)
+    with jax.set_mesh(make_mesh(dict(context=2), devices=jax.devices()[:2])):
+        got = jax.jit(pieces)(inputs()[0], x)
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+def test_the_layer_gives_splash_its_rows_without_a_ring(memory, monkeypatch):
+    taken = []
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch.splash, "attend_blocks", lambda q, k, v, documents, mask: taken.append(mask) or q)
+    layer, x = BSWA(num_heads=H, block=96, memory=memory, cut="row"), jnp.zeros((1, 512, D))
+    jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x, layer.initial_state(1, D, x.dtype),
+                                                    context(1, 512)), x)
+    assert taken == [(96, memory)]
+
+
+def test_a_memory_beyond_the_row_costs_no_more_than_the_row():
+    x, ctx = inputs()[1], documents(9)
+    layer = lambda memory: BSWA(num_heads=H, block=4, memory=memory)
+    np.testing.assert_allclose(run(layer(10**6), x, ctx), run(layer(T // 4), x, ctx), rtol=1e-5, atol=1e-6)
+
+
 def test_fields_that_do_not_fit_are_refused():
     for fields, message in ((dict(block=0), "bswa.block=0 must be at least 1"), (dict(memory=-1), "memory=-1"),
+                            (dict(block=10**9, memory=3), "window of 4000000000 tokens"),
                             (dict(num_heads=3), "does not divide"), (dict(num_heads=4, num_kv_heads=3), "must divide")):
         with pytest.raises(ValueError, match=message):
             BSWA(**{"num_heads": 2, **fields}).check(D)

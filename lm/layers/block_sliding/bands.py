@@ -63,6 +63,12 @@ def padded(x: Array, length: int, value: int = 0) -> Array:
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)), constant_values=value)
 
 
+def nothing(like: Keys, size: int) -> Keys:
+    """So many empty keys."""
+    empty = lambda x, value=0: jnp.full((x.shape[0], size, *x.shape[2:]), value, x.dtype)
+    return Keys(*map(empty, like[:3]), empty(like.document, -1))
+
+
 def attend(q: Queries, new: Keys, past: Keys, columns: Columns | None = None, *, block: int, behind: int,
            stop_gradient: bool, fused: bool) -> Array:
     """The operation of `dispatch.block_sliding_attention` on one device; fused: each chunk by cuDNN."""
@@ -75,6 +81,7 @@ def attend(q: Queries, new: Keys, past: Keys, columns: Columns | None = None, *,
     whole = count * width
     q = Queries(*(in_chunks(padded(x, whole), width) for x in q))
     new = Keys(*(padded(x, whole) for x in new[:3]), padded(new.document, whole, -1))
+    past = past if past.order.shape[1] else nothing(past, behind * width)
     band = Keys(*(in_chunks(jnp.concatenate([p.astype(n.dtype), n], axis=1), width)
                   for p, n in zip(past, new, strict=True)))
     parts = tuple(jax.tree.map(lambda x, i=i: x[i:i + count], band) for i in range(behind + 1))

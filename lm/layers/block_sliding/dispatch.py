@@ -30,10 +30,10 @@ def block_sliding_attention(q: Queries, new: Keys, past: Keys, *, block: int, be
     Query i sees key j where j is of its document and first_i <= order_j <= order_i.
 
     new: keys of the T tokens themselves. past: P of before the call. With more than one chunk they stand in order, P is
-    behind * block, and padding among the new ones only at the end of a row. block: tokens of a chunk. behind: chunks
-    before its own that a query may look into. stop_gradient: none flows into keys and values before the query's block.
-    columns: further keys of each chunk. row_memory: the blocks of memory where blocks are cut by the row and nothing is
-    past, so that the mask is static, which the splash kernel needs; else None.
+    behind * block or 0, and padding among the new ones only at the end of a row. block: tokens of a chunk. behind:
+    chunks before its own that a query may look into. stop_gradient: none flows into keys and values before the query's
+    block. columns: further keys of each chunk. row_memory: the blocks of memory where blocks are cut by the row and
+    nothing is past, so that the mask is static, which the splash kernel needs; else None.
 
     Raises ValueError for an implementation that is unknown or cannot serve.
     """

@@ -34,7 +34,7 @@ def over_shards(local: Callable[..., Array], q: Queries, new: Keys, past: Keys, 
     mesh, shards = current_mesh(), axis_size(TIME)
     heads = "heads" if new.keys.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
     T = q.order.shape[1]
-    split = shards > 1 and T % shards == 0 and columns is None and past.order.shape[1] in (0, behind * block)
+    split = shards > 1 and T % shards == 0 and columns is None and past.order.shape[1] == 0
     time = "length" if split else None
 
     def specs(tree, axis):
