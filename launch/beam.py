@@ -30,6 +30,10 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is about drawing tokens, and --beams draws none; leave one "
                              f"of them out")
+    for name, given in (("draft", args.draft is not None), ("continuous", args.continuous)):
+        if given:
+            raise ValueError(f"--{name} is about rows that each write one text, and --beams keeps its beams in step, a "
+                             f"token a call; leave one of them out")
 
 
 def check_width(name: str, beams: int, tokenizer: Any) -> None:

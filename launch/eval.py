@@ -97,7 +97,7 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace,
     options, data = configs.options(run.config, "eval"), configs.options(run.config, "data")
     if holds_pairs(data):
         raise ValueError("the run learned from pairs, which have no perplexity of a text; use --task preference")
-    size = {"batch_size": run.config.train.batch_size, "seq_len": run.config.train.seq_len}
+    size = {"batch_size": run.config.train.batch_size, "seq_len": options.seq_len or run.config.train.seq_len}
     paths = {**options.sets, **given}
     if VALIDATION in paths:
         raise ValueError(f"--set {VALIDATION}=... is the name of the run's own split; choose another")
@@ -120,14 +120,15 @@ def measure(run: Any, given: Mapping[str, str], args: argparse.Namespace,
     with jax.set_mesh(run.mesh):
         metrics = evaluate([Perplexity(sets), *depth.evaluators(run.model, sets, settings)], run.apply, run.params)
     baseline = baseline and all(given.token_bytes is not None for given in sets.values())
-    return {**metrics, **(bigram(data, corpora, sets, size, run.config.train.seed) if baseline else {})}
+    return {**metrics, **(bigram(data, corpora, sets, run.config.train) if baseline else {})}
 
 
-def bigram(data: Any, corpora: Any, sets: Mapping[str, Any], size: Mapping[str, int], seed: int) -> dict[str, float]:
+def bigram(data: Any, corpora: Any, sets: Mapping[str, Any], train: Any) -> dict[str, float]:
     """Bits per byte of the interpolated bigram of the training split, on the same targets."""
     from lm.data.loader import build_dataset
     from lm.data.ngram import fit_bigram
-    model = fit_bigram(build_dataset(data, split="train", seed=seed, corpora=corpora, **size))
+    model = fit_bigram(build_dataset(data, split="train", seed=train.seed, corpora=corpora, batch_size=train.batch_size,
+                                     seq_len=train.seq_len))
     return {f"eval/{name}/baseline_bits_per_byte": model.score(given.batches(), given.token_bytes).bits_per_byte
             for name, given in sets.items()}
 

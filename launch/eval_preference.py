@@ -68,7 +68,8 @@ def measure(run: Any, args: argparse.Namespace) -> dict[str, float]:
     from lm.losses.preference import Orpo
     from lm.losses.preference.reference import REFERENCE, split_reference
     data = configs.options(run.config, "data")
-    size = {"batch_size": run.config.train.batch_size, "seq_len": run.config.train.seq_len}
+    seq_len = configs.options(run.config, "eval").seq_len or run.config.train.seq_len
+    size = {"batch_size": run.config.train.batch_size, "seq_len": seq_len}
     datasets = {}
     if preference.holds_pairs(data) and not args.only_sets:
         corpora = load_corpora(data, run.tokenizer)

@@ -19,9 +19,14 @@ STEPS = "depth/steps"  # in `Output.aux`: [1, B, T] iterations of each token, wh
 
 
 def check_recurrences(recurrences: int | None, where: str = "recurrences") -> None:
-    """Raises ValueError for fewer iterations than one."""
-    if recurrences is not None and recurrences < 1:
-        raise ValueError(f"{where}={recurrences} must be at least 1: the coda reads a state that the core made")
+    """Raises ValueError for fewer iterations than one, for more than 32 bits count, and for parts of one."""
+    if recurrences is None:
+        return
+    if not 1 <= recurrences < 2**31:
+        raise ValueError(f"{where}={recurrences} must be at least 1, for the coda reads a state that the core made, "
+                         f"and below 2^31")
+    if recurrences != int(recurrences):
+        raise ValueError(f"{where}={recurrences} must be a whole number of iterations")
 
 
 def check_exit(exit_kl: float | None, where: str = "exit_kl") -> None:

@@ -64,7 +64,8 @@ def test_evaluation_adds_sets_at_other_depths_and_how_many_iterations_were_taken
 
 @pytest.mark.parametrize("words, message", [
     (("--recurrences", "0"), "recurrences=0 must be at least 1"), (("--exit-kl", "nan"), "exit_kl=nan"),
-    (("--cache", "0"), "cache=0"), (("--draft", "4"), "--draft 4 must be below the 4 iterations"),
+    (("--recurrences", "3000000000"), "and below 2"), (("--cache", "0"), "cache=0"),
+    (("--draft", "4"), "--draft 4 must be below the 4 iterations"),
     (("--draft", "1", "--warm-start"), "--draft verifies several tokens at once"),
     (("--draft", "1", "--exit-kl", "0.1"), "--draft verifies several tokens at once"),
     (("--draft", "1", "--continuous"), "do not go together")], ids=str)
@@ -72,6 +73,12 @@ def test_flags_that_cannot_be_are_named(workdir, words, message):
     run = open_run(workdir)
     with pytest.raises(ValueError, match=message):
         depth.changed(run, parse("generate", ["--workdir", workdir, *words]))
+
+
+@pytest.mark.parametrize("words", [("--continuous",), ("--draft", "1")], ids=str)
+def test_a_search_refuses_the_flags_of_rows_at_their_own_pace(workdir, capsys, words):
+    with pytest.raises(ValueError, match=f"{words[0]} is about rows that each write one text"):
+        generate(workdir, capsys, "--temperature", "1", "--beams", "2", *words)
 
 
 def test_a_model_that_loops_nothing_refuses_the_flags(plain):

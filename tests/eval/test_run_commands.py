@@ -161,6 +161,15 @@ def test_bits_per_byte_of_a_text_divide_by_its_bytes(workdir, run, tmp_path, cap
     assert metrics["eval/other/bits_per_byte"] == pytest.approx(bits / len("naïve 東京".encode()), rel=1e-5)
 
 
+def test_rows_of_lm_eval_are_as_long_as_those_of_evaluation_in_training(workdir, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lm.eval.base.evaluate", lambda evaluators, *_: seen.append(
+        next(iter(evaluators[0].sets["validation"].batches())).tokens.shape[1]) or {})
+    evaluate(workdir, "--no-baseline")
+    evaluate(workdir, "--no-baseline", "--config.eval.seq_len=5")
+    assert seen[0] != 5 and seen[1] == 5
+
+
 @pytest.mark.parametrize("word", ["name", "=x", "a/b=x", "a="])
 def test_sets_that_are_no_pairs_are_refused(word):
     with pytest.raises(ValueError, match="NAME=PATH"):

@@ -197,6 +197,9 @@ def test_options_that_cannot_be_are_named(given, words):
 def test_numbers_given_beside_the_parameters_are_checked():
     with pytest.raises(ValueError, match="recurrences=0 must be at least 1"):
         with_recurrences(PARAMS, 0)
+    for count, words in ((2.5, "whole number"), (float("nan"), "at least 1"), (2**31, "below 2\\^31")):
+        with pytest.raises(ValueError, match=words):
+            with_recurrences(PARAMS, count)
     with pytest.raises(ValueError, match="exit_kl=-1"):
         with_recurrences(PARAMS, 4, -1.0)
 
