@@ -22,6 +22,7 @@ from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
 from lm.tasks.build import build_objective
 from lm.train.feed import to_device
+from lm.train.one_at_a_time import OneAtATime
 from lm.train.state import Recipe
 from lm.train.step import make_train_step
 
@@ -52,7 +53,8 @@ def build():
                   np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape))
     batch = to_device(batch, mesh, 0, 1)
     state = recipe.create(0, mesh)
-    run = jax.jit(make_train_step(make_apply(model), build_objective({"next_token": 1.0}), optimizer), donate_argnums=0)
+    objective = build_objective({"next_token": 1.0})
+    run = OneAtATime(jax.jit(make_train_step(make_apply(model), objective, optimizer), donate_argnums=0))
 
     def step() -> float:
         nonlocal state

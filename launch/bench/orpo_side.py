@@ -23,6 +23,7 @@ from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
 from lm.tasks.build import build_objective
 from lm.train.feed import to_device
+from lm.train.one_at_a_time import OneAtATime
 from lm.train.state import Recipe
 from lm.train.step import make_train_step
 
@@ -64,7 +65,7 @@ def build():
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
     batch = to_device(rows(seq_len, vocab), mesh, 0, 1)
     state = Recipe(lambda key: weights, boxed, optimizer).create(0, mesh)
-    run = jax.jit(make_train_step(make_apply(model), objective, optimizer), donate_argnums=0)
+    run = OneAtATime(jax.jit(make_train_step(make_apply(model), objective, optimizer), donate_argnums=0))
 
     def step() -> float:
         nonlocal state

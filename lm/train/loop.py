@@ -22,6 +22,7 @@ from lm.train.exit_codes import DONE, NONFINITE, PREEMPTED
 from lm.train.expert_plot import plot_experts
 from lm.train.feed import data_shard, feed, to_device
 from lm.train.metrics import PerfMeter
+from lm.train.one_at_a_time import OneAtATime
 from lm.train.options import CheckpointOptions, LogOptions, TrainOptions
 from lm.train.plots import plot_loss
 from lm.train.profiling import Profiler
@@ -92,11 +93,11 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
     workdir = epath.Path(workdir)
     index, count = data_shard(mesh, options.batch_size, options.seq_len)
     first_process = jax.process_index() == 0
-    step_fn = jax.jit(
+    step_fn = OneAtATime(jax.jit(
         make_train_step(experiment.apply, experiment.objective, experiment.recipe.optimizer,
                         microbatches=options.microbatches, skip_nonfinite=options.on_nonfinite == "skip",
                         spike_sigma=options.spike_sigma, per_microbatch=options.per_microbatch, mask=experiment.mask),
-        donate_argnums=0, out_shardings=(experiment.recipe.shardings(mesh), None))
+        donate_argnums=0, out_shardings=(experiment.recipe.shardings(mesh), None)))
 
     with open_checkpoints(workdir, checkpoint) as checkpoints:
         # --- Restore, or start.
