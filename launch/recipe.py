@@ -23,9 +23,11 @@ def recipe_of(model: Any, train: Any, optimizer: Any, loss: Mapping[str, Any]) -
     from flax import linen as nn
 
     from launch import adapters, preference
+    from lm.core.tree import axes_of
     from lm.models.build import abstract_params
     from lm.models.tables import tables_of
     from lm.optim.builder import build_optimizer
+    from lm.optim.mup import resolve
     from lm.tasks.passed_memory import first_carry
     from lm.train.carried import carried_state
     from lm.train.state import Recipe
@@ -34,6 +36,7 @@ def recipe_of(model: Any, train: Any, optimizer: Any, loss: Mapping[str, Any]) -
         boxed |= jax.eval_shape(lambda: adapters.beside(train, model, nn.meta.unbox(boxed["params"]),
                                                         jax.random.key(0)))
         optimizer = adapters.rules(train, optimizer)
+    optimizer = resolve(optimizer, nn.meta.unbox(boxed), axes_of(boxed), model.transfer)
 
     def init(key):
         import jax.numpy as jnp

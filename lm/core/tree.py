@@ -32,6 +32,12 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[
                                             is_leaf=is_leaf)
 
 
+def axes_of(boxed: Any) -> dict[str, tuple[str | None, ...]]:
+    """The names of the axes of every leaf of a tree that flax boxed with them; none of one that it did not."""
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    return {path_name(path): tuple(getattr(leaf, "names", ())) for path, leaf in leaves}
+
+
 # The collection of a model's variables that holds running statistics: saved and used like parameters, not learned.
 STATS = "stats"
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.sharding import constrain
@@ -17,13 +18,15 @@ class Block(nn.Module):
     template of every norm. A layer that returns `aux["publish"]` makes those values part of `ctx.shared` for the
     layers after it; what was published first stays. `aux["tally"]` of its layers (see `lm.core.tally`) stays nested by
     their names. A `state` collection holds initial states that are learned. sandwich: every sum is normed as well, so
-    that the stream cannot grow however often a block is run (Geiping et al. 2025, section 3.2).
+    that the stream cannot grow however often a block is run (Geiping et al. 2025, section 3.2). branch: what the output
+    of a layer is multiplied by before it is added.
     """
 
     layers: tuple[nn.Module, ...]
     names: tuple[str, ...]
     norm: nn.Module
     sandwich: bool = False
+    branch: float = 1.0
 
     def initial_state(self, batch_size: int, embed_dim: int, dtype: Any, *, capacity: int = 0) -> State:
         """The states of its layers."""
@@ -45,6 +48,7 @@ class Block(nn.Module):
                 y, s, aux = run_from(call, self.get_variable("state", name), normed, before, inner)
             else:
                 y, s, aux = call(normed, before, inner)
+            y = y if self.branch == 1.0 else y * jnp.asarray(self.branch, y.dtype)
             x = constrain(x + y, "batch", "length", "activation_embed")
             if self.sandwich:
                 x = self.norm.copy(name=f"norm{n}_after")(x)

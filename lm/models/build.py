@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 
 from lm.core.fields import build, did_you_mean, field_types, fill, option
 from lm.core.sharding import shardings
+from lm.core.transfer import Transfer
 from lm.core.types import Apply, Key, Params
 from lm.layers import LAYERS
 from lm.layers.block import Block
+from lm.layers.bswa import heads_of
 from lm.layers.fam import FAM
 from lm.layers.fam_block import FAMBlock
 from lm.layers.norm import LayerNorm, RMSNorm
@@ -61,6 +63,11 @@ class ModelOptions:
     norm_eps: float | None = option(None, "added to the variance in these norms; None is 1e-6 for rms, else 1e-5")
     random_positions: int | None = option(None, "in training, half of the rows start at a random position below this, "
                                                 "for rotary positions; None starts all at 0")
+    base_width: int | None = option(None, "width at which learning rates were found, for optimizer.parametrization="
+                                          "'mup': logits and an untied head are scaled; None for none")
+    base_depth: int | None = option(None, "the same of num_layers: residual branches are multiplied by (base_depth / "
+                                          "num_layers)^depth_exponent")
+    depth_exponent: float = option(1.0, "with base_depth: 1 is CompleteP, 0.5 depth-muP")
     scan: bool = option(True, "scan over repeats (compiles fast) or unroll them; the checkpoint is the same")
     remat: Literal["none", "full", "dots", "minimal"] = option("none", "what the backward pass computes again")
     dtype: Literal["bfloat16", "float32", "float16", "float64"] = option("bfloat16", "dtype of activations")
@@ -91,6 +98,12 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("embed_dim", "num_layers", "vocab_multiple"):
         if options[name] < 1:
             raise ValueError(f"config.model.{name}={options[name]} must be at least 1")
+    for name in ("base_width", "base_depth"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"config.model.{name}={options[name]} must be at least 1, or None for none")
+    if not 0.5 <= made.depth_exponent <= 1:
+        raise ValueError(f"config.model.depth_exponent={made.depth_exponent} must be from 0.5 (depth-muP) to 1 "
+                         f"(CompleteP)")
     if made.vocab_size is not None and made.vocab_size < 2:
         raise ValueError(f"config.model.vocab_size={made.vocab_size} must be at least 2, or None for the tokenizer's")
     for name in ("embed_std", "softcap", "max_positions", "norm_eps", "random_positions"):
@@ -169,17 +182,19 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
         cls = LAYERS[entry.pop("kind")]
         # Branches add up in the residual stream: each starts at 1 / sqrt(number of branches) (GPT-2, section 2.3).
         if "output_scale" in entry and entry["output_scale"] is None:
-            entry["output_scale"] = (2 * blocks) ** -0.5
+            entry["output_scale"] = (2 * (options.base_depth or blocks)) ** -0.5
         layers[name] = cls(**entry)
     sandwich = depth is not None and depth.sandwich
-    prefix, pattern, coda = (tuple(build_block(spec, layers, norm(), sandwich) for spec in specs)
+    transfer = transfer_of(options, layers, looped=depth is not None)
+    branch = 1.0 if transfer is None else transfer.branch
+    prefix, pattern, coda = (tuple(build_block(spec, layers, norm(), sandwich, branch) for spec in specs)
                              for specs in (options.prefix, options.pattern, coda))
     common = dict(
         vocab_size=options.vocab_size or vocab_size, embed_dim=options.embed_dim, final_norm=norm(),
         vocab_multiple=options.vocab_multiple, tie_embeddings=options.tie_embeddings,
         max_positions=options.max_positions, embed_std=options.embed_std, softcap=options.softcap,
         dropout=options.dropout, dtype=options.dtype, embed_norm=norm() if options.embed_norm else None,
-        random_positions=options.random_positions)
+        random_positions=options.random_positions, transfer=transfer)
     stack = lambda prefix, pattern, repeats: Stack(prefix, pattern, repeats, options.scan, options.remat)
     if depth is None:
         return DecoderLM(stack=stack(prefix, pattern, repeats), **common)
@@ -187,13 +202,46 @@ def build_model(config: Mapping[str, Any], vocab_size: int) -> DecoderLM:
                             depth=depth, **common)
 
 
-def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module, sandwich: bool = False) -> Block:
+def transfer_of(options: ModelOptions, layers: Mapping[str, nn.Module], looped: bool) -> Transfer | None:
+    """The base size of muP, None for none. Raises ValueError for models that it says nothing about."""
+    if options.base_width is None and options.base_depth is None:
+        return None
+    if looped:
+        raise ValueError("config.model.base_width and base_depth say nothing about a core that is looped; leave them "
+                         "None, or leave out config.model.recurrent_depth")
+    fams = [name for name, layer in layers.items() if isinstance(layer, FAM)]
+    if options.base_depth is not None and fams:
+        raise ValueError(f"config.model.base_depth scales residual branches, and the block of {fams[0]} adds up its "
+                         f"own; leave it None")
+    for name, layer in layers.items():
+        field = next((field for field in ("key_dim", "head_dim") if hasattr(layer, field)), None)
+        if options.base_width is None or field is None:
+            continue
+        here, there = (dot_dim(layer, width) for width in (options.embed_dim, options.base_width))
+        if here != there:
+            raise ValueError(f"config.model.base_width={options.base_width} needs queries and keys of one size at "
+                             f"every width, so that scores keep theirs, and {name} has {field} {here} here and {there} "
+                             f"there; set config.model.{name}.{field}" + (
+                                 " and leave num_heads None" if field == "head_dim" else ""))
+    return Transfer(options.embed_dim, options.base_width, options.num_layers, options.base_depth,
+                    options.depth_exponent)
+
+
+def dot_dim(layer: nn.Module, embed_dim: int) -> int:
+    """How long the vectors are whose products a layer takes."""
+    if hasattr(layer, "dim"):
+        return layer.dim(embed_dim)
+    return heads_of(layer, embed_dim)[2] if hasattr(layer, "num_kv_heads") else layer.head_dim
+
+
+def build_block(spec: str, layers: Mapping[str, nn.Module], norm: nn.Module, sandwich: bool = False,
+                branch: float = 1.0) -> Block:
     """The block "a/b" of these layers; a layer that stands twice in it gets two sets of parameters."""
     parts = spec.split("/")
     names = tuple(part if parts.count(part) == 1 else f"{part}_{parts[:n].count(part)}" for n, part in enumerate(parts))
     if any(isinstance(layers[part], FAM) for part in parts):
         return fam_block(spec, tuple(layers[part] for part in parts), names, norm, sandwich)
-    return Block(tuple(layers[part] for part in parts), names, norm, sandwich)
+    return Block(tuple(layers[part] for part in parts), names, norm, sandwich, branch)
 
 
 def fam_block(spec: str, layers: tuple[nn.Module, ...], names: tuple[str, ...], norm: nn.Module,

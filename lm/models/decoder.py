@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.core.sharding import constrain
+from lm.core.transfer import Transfer
 from lm.core.types import Array, Aux, Context, Head, Key, Output, State
 from lm.layers.block import Block
 from lm.layers.dropout import dropout
@@ -35,6 +36,7 @@ class DecoderLM(nn.Module):
       none (rotary positions are the attention layer's own). softcap: logits become softcap * tanh(logits / softcap).
     dtype: of activations; parameters are float32. embed_norm: norm of the embedded input, None for none.
     random_positions: in training, half of the rows start at a random position below this; None starts all at 0.
+    transfer: the base size whose learning rates hold here (muP), None for none; blocks have their part of it.
     """
 
     vocab_size: int
@@ -50,6 +52,7 @@ class DecoderLM(nn.Module):
     dtype: str = "bfloat16"
     embed_norm: nn.Module | None = None
     random_positions: int | None = None
+    transfer: Transfer | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -104,10 +107,13 @@ class DecoderLM(nn.Module):
             x = self.embed_norm(x)
         x = constrain(dropout(x, self.dropout, key, salt=1), "batch", "length", "activation_embed")
         ctx = Context(reset, moved(positions, self.random_positions, key), weights, key, self._onward(B, T))
-        kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, name="head")(self.embed_dim)
+        scale = 1.0 if self.transfer is None else self.transfer.head_scale
+        kernel = table if self.tie_embeddings else OutputHead(self.padded_vocab, scale, name="head")(self.embed_dim)
         head = Head(kernel, None, self.vocab_size, self.softcap)
 
         def adapted(x: Array) -> tuple[Array, Head]:
+            if self.transfer is not None:
+                x = x * jnp.asarray(self.transfer.logits, x.dtype)
             if self.tie_embeddings or "head" not in self.variables.get("lora", {}):
                 return x, head
             adapter = self.variables["lora"]["head"]

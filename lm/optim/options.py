@@ -10,6 +10,7 @@ from lm.core.fields import check_known, conform, option, type_name
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "wsd", "exponential", "constant", "inverse_sqrt")
 STATE_DTYPES = ("float32", "bfloat16")
+PARAMETRIZATIONS = ("standard", "mup")
 TABLE_OPTIMIZERS = ("adamw", "adagrad", "sgd")
 NEWTON_SCHULZ = ("standard", "gram")
 
@@ -33,6 +34,8 @@ class OptimizerOptions:
 
     name: str = option("adamw", f"the optimizer: {', '.join(OPTIMIZERS)}")
     learning_rate: float = option(1e-3, "peak learning rate, reached at the end of the warm-up")
+    parametrization: str = option("standard", "mup: learning rates found at config.model.base_width and base_depth "
+                                              "hold at this size (docs/scaling.md); standard: they are as they are")
     schedule: str = option("cosine", f"shape after the warm-up: {', '.join(SCHEDULES)}")
     warmup_steps: int | None = option(None, "steps of linear warm-up; None: 5% of all steps, at most 1000")
     warmup_start: float = option(0.0, "learning rate of the first step as a fraction of the peak, from which the "
@@ -75,6 +78,7 @@ class OptimizerOptions:
         """Raises ValueError for unknown names, numbers out of range and options without an effect."""
         known(self.name, OPTIMIZERS, f"{WHERE}.name")
         known(self.schedule, SCHEDULES, f"{WHERE}.schedule")
+        known(self.parametrization, PARAMETRIZATIONS, f"{WHERE}.parametrization")
         known(self.state_dtype, STATE_DTYPES, f"{WHERE}.state_dtype")
         known(self.muon_newton_schulz, NEWTON_SCHULZ, f"{WHERE}.muon_newton_schulz")
         self._check_ranges()

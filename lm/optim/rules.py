@@ -79,6 +79,9 @@ def table(options: OptimizerOptions, params_shapes: Any) -> tuple[Row, ...]:
     Raises ValueError for a user's rule that matches no parameter (naming the nearest names), for muon on a parameter
     that is no matrix, and where nothing is left to train.
     """
+    if options.parametrization != "standard":
+        raise ValueError(f"{WHERE}.parametrization={options.parametrization!r} depends on the model's axes; resolve it "
+                         f"with lm.optim.mup.resolve first")
     leaves = named_leaves(params_shapes)
     for index, rule in enumerate(options.rules):
         if not any(re.search(rule["match"], name) for name in leaves):
