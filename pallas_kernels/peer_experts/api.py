@@ -12,7 +12,7 @@ from jax.experimental import checkify
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_shapes, vary_alike
-from pallas_kernels.peer_experts import chunked, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference, rows
+from pallas_kernels.peer_experts import chunked, dense, pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference, rows
 
 Array = jax.Array
 _MODULES = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu, "pallas_triton": pallas_triton,
@@ -123,7 +123,11 @@ def _experts_forward(name, activation, x, ids, gates, table):
 def _experts_backward(name, activation, saved, dy):
     x, ids, gates, table, inner = saved
     dx, dgates, factors = _MODULES[name].backward(activation, x, ids, gates, table, dy, *inner)
-    dtable = rows.sum_pairs(rows.sort_pairs(ids), *_of_tokens(factors, x, dy), table.shape[0])
+    of_tokens, experts = _of_tokens(factors, x, dy), table.shape[0]
+    if chunked.where_they_lie(table):
+        dtable = dense.sum_dense(ids.reshape(-1, ids.shape[-1]), *of_tokens, experts)
+    else:
+        dtable = rows.sum_pairs(rows.sort_pairs(ids), *of_tokens, experts)
     return dx, None, dgates, dtable.astype(table.dtype)
 
 

@@ -32,7 +32,7 @@ def forward_and_inner(activation: Callable, x: Array, ids: Array, gates: Array,
                       table: Array) -> tuple[Array, tuple[Array, ...]]:
     """(y, what `backward` can go on with)."""
     wide = wide_dtype(x, gates, table)
-    if _where_they_lie(table):
+    if where_they_lie(table):
         inner = tuple(_dots(table, kind, ids, x.astype(wide)) for kind in range(table.shape[1]) if kind != UP)
         hidden = activation(inner[0])
         weights = gates.astype(wide) * (hidden * inner[1] if inner[1:] else hidden)
@@ -77,8 +77,8 @@ def backward(activation: Callable, x: Array, ids: Array, gates: Array, table: Ar
     return over_time(chunk, _chunk_length(x, ids, table, wide), x, ids, gates, dy)
 
 
-def _where_they_lie(table: Array) -> bool:
-    """Whether rows are read where they lie."""
+def where_they_lie(table: Array) -> bool:
+    """Whether rows are read where they lie, and the table's dense gradient is made by `dense`."""
     return cpu_rows.serves(table.shape[0] * table.shape[1], table.shape[2])
 
 
