@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ACTIONS = ("run", "worker", "show")
@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", metavar="URL", help="sqlite:///FILE or postgresql://... (default: a file in DIR)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="trials at a time here (default: one a GPU; on CPUs one a core)")
+    parser.add_argument("--ray", metavar="ADDRESS",
+                        help="run the trials on an existing Ray cluster by Ray Tune: auto, or HOST:PORT of its head")
+    parser.add_argument("--vmap", type=int, default=1, metavar="N",
+                        help="train up to N trials that differ in seed, learning rate and weight decay only as one "
+                             "program, where a measurement at the start says that this is faster (default: 1)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,7 +56,14 @@ def main(args: argparse.Namespace) -> int:
     if args.action == "show":
         from launch.sweeps.table import show
         return show(definition, workdir)
-    return work(definition, workdir, args.workers)
+    if args.ray is None:
+        return work(definition, workdir, args.workers, args.vmap)
+    if args.vmap != 1:
+        raise ValueError("--ray gives every trial a place of its own; leave out --vmap")
+    from launch.sweeps import on_ray
+    from launch.sweeps.table import summary
+    on_ray.work(definition, workdir, args.ray, args.workers)
+    return 1 if summary(definition, workdir) else 0
 
 
 def begin(args: argparse.Namespace, workdir: pathlib.Path) -> Any:
@@ -113,8 +125,8 @@ def from_file(spec: str | None) -> dict[str, Any]:
     return dict(module.sweep()) if hasattr(module, "sweep") else {}
 
 
-def work(definition: Any, workdir: pathlib.Path, workers: int | None) -> int:
-    """Works on trials until none is left."""
+def work(definition: Any, workdir: pathlib.Path, workers: int | None, together: int = 1) -> int:
+    """Works on trials until none is left. together: how many may share a program."""
     from launch.claim_grid import default_jobs
     from launch.places.local import visible_gpus
     from launch.sweeps.study import Queue
@@ -124,10 +136,14 @@ def work(definition: Any, workdir: pathlib.Path, workers: int | None) -> int:
     count = (len(gpus) or default_jobs()) if workers is None else workers
     if count < 1 or (gpus and count > len(gpus)):
         raise ValueError(f"--workers={count} must be from 1 to {len(gpus) or 'the number of cores'}, one a device")
+    if together < 1:
+        raise ValueError(f"--vmap={together} must be at least 1")
     queue, stopping, errors = Queue(definition, workdir), threading.Event(), []
     before = {which: signal.signal(which, lambda *_: stopping.set()) for which in (signal.SIGTERM, signal.SIGINT)}
     environs = [environment(i, count, gpus) for i in range(count)]
-    threads = [threading.Thread(target=one_worker, args=(queue, environ, stopping, errors)) for environ in environs]
+    take = lambda: queue.take(together, workers=count)
+    threads = [threading.Thread(target=one_worker, args=(queue, take, environ, stopping, errors))
+               for environ in environs]
     try:
         for thread in threads:
             thread.start()
@@ -153,20 +169,23 @@ def environment(index: int, count: int, gpus: Sequence[str]) -> dict[str, str]:
     return child_environment(os.environ) if count > 1 else dict(os.environ)
 
 
-def one_worker(queue: Any, environ: dict[str, str], stopping: threading.Event, errors: list[BaseException]) -> None:
-    """Takes one trial after the other. An error of ours stops the other workers too."""
+def one_worker(queue: Any, take: Callable[[], Sequence[Any]], environ: dict[str, str], stopping: threading.Event,
+               errors: list[BaseException]) -> None:
+    """Takes trials until there are none. An error of ours stops the other workers too."""
+    from launch.sweeps.groups import Groups
     from launch.sweeps.table import line
-    from launch.sweeps.trial import run
     try:
+        groups = Groups(queue.definition, queue.workdir, environ, stopping)
         while not stopping.is_set():
-            held = queue.next()
-            if held is None:
+            several = take()
+            if not several:
                 return
             try:
-                ended = run(held, queue.definition, queue.workdir, environ, stopping)
+                for held, ended in groups.run(several):
+                    print(line(held, ended), flush=True)
             finally:
-                held.release()
-            print(line(held, ended), flush=True)
+                for held in several:
+                    held.release()
     except BaseException as error:
         errors.append(error)
         stopping.set()

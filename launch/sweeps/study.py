@@ -133,6 +133,18 @@ class Queue:
             self.choose(trial)
             return self.hold(trial)
 
+    def take(self, most: int, workers: int = 1) -> list[Held]:
+        """Several trials, as `next` gives them: up to `most`, and no more than the fair share of one of so many workers
+        that have begun together."""
+        if most > 1:
+            trials = self.study().get_trials(deepcopy=False)
+            ended = sum(trial.state.is_finished() for trial in trials)
+            most = min(most, max(1, -(-(self.definition.num_trials - ended) // workers)))
+        taken: list[Held] = []
+        while len(taken) < most and (held := self.next()) is not None:
+            taken.append(held)
+        return taken
+
     def choose(self, trial: Any) -> None:
         """Settles what the trial's values are."""
         chosen = suggest(trial, self.definition.space)

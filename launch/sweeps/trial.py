@@ -18,6 +18,7 @@ from lm.train.exit_codes import DONE, HUNG, PREEMPTED
 
 BASE = "config.json"
 LOG = "log.txt"
+RESULT = "final_result.json"
 POLL_SECONDS = 0.5
 ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, HUNG)  # out of memory, a broken device: no fault of the config
 KILLED, TRIES = "killed", 5
@@ -62,19 +63,26 @@ def run(held: Held, definition: Definition, workdir: pathlib.Path, environ: Mapp
         return "stopped"
     if process.returncode in ENDED_FROM_OUTSIDE and try_again(held):
         return "killed"
-    result = held.folder / "final_result.json"
-    values, why = None, ""
-    if process.returncode == DONE and result.exists():
-        values, why = read_values(json.loads(result.read_text()), definition)
-    else:
-        lines = (held.folder / LOG).read_text(errors="replace").strip().splitlines()
-        why = f"exit code {process.returncode}: {lines[-1][:300] if lines else ''}"
+    if process.returncode == DONE and (held.folder / RESULT).exists():
+        return tell_result(held, definition)
+    lines = (held.folder / LOG).read_text(errors="replace").strip().splitlines()
+    return tell_failure(held, f"exit code {process.returncode}: {lines[-1][:300] if lines else ''}")
+
+
+def tell_result(held: Held, definition: Definition) -> str:
+    """Tells the study the objectives of a trial that came to its end. Returns "complete", or "failed" without them."""
+    values, missing = read_values(json.loads((held.folder / RESULT).read_text()), definition)
     if values is None:
-        held.trial.set_user_attr(ERROR, why)
-        study.tell(number, state=package.trial.TrialState.FAIL)
-        return "failed"
-    study.tell(number, values)
+        return tell_failure(held, missing)
+    held.trial.study.tell(held.number, values)
     return "complete"
+
+
+def tell_failure(held: Held, why: str) -> str:
+    """Tells the study that a trial failed, and keeps why."""
+    held.trial.set_user_attr(ERROR, why)
+    held.trial.study.tell(held.number, state=optuna().trial.TrialState.FAIL)
+    return "failed"
 
 
 def try_again(held: Held) -> bool:
