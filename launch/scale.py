@@ -105,6 +105,7 @@ def train(workdir: pathlib.Path, rungs: list[Any], jobs: int | None) -> int:
     from launch import config as configs
     from launch.claim_grid import default_jobs, unfinished
     from launch.claim_grid import run as run_grid
+    from lm.train.exit_codes import PREEMPTED
     cells = [rung.cell for rung in rungs]
     left = unfinished(workdir, cells)
     jobs = min(default_jobs() if jobs is None else jobs, max(1, len(left)))
@@ -114,7 +115,9 @@ def train(workdir: pathlib.Path, rungs: list[Any], jobs: int | None) -> int:
     def note(cell: Any, attempt: dict[str, Any]) -> None:
         nonlocal done
         done += "message" not in attempt
-        what = f"failed with exit code {attempt['exit_code']}: {attempt['message']}" if "message" in attempt else "done"
+        what = "done" if "message" not in attempt else (
+            "stopped" if attempt["exit_code"] == PREEMPTED else
+            f"failed with exit code {attempt['exit_code']}: {attempt['message']}")
         print(f"[{done}/{len(cells)}] {cell.name}: {what}; {attempt['wall_seconds']:.0f} s", flush=True)
 
     texts = {rung.cell.name: configs.to_json(rung.config) for rung in rungs}
@@ -129,13 +132,14 @@ def result(workdir: pathlib.Path, definition: Any, rungs: list[Any]) -> dict[str
     from launch.scales.ladder import ahead_of
     from lm.claims.store import read_cell
     from lm.scaling.analysis import analyse
+    from lm.train.exit_codes import PREEMPTED
     runs, failed, later = [], [], []
     for rung in rungs:
         cell = read_cell(workdir, rung.cell.name)
         value = (cell["values"] or {}).get(definition.metric)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             (later if rung.ahead else runs).append((rung.cell.name, rung.run(float(value))))
-        elif cell["attempts"]:
+        elif cell["attempts"] and cell["attempts"][-1]["exit_code"] != PREEMPTED:
             failed.append({"name": rung.cell.name, "error": why(cell, definition.metric)})
     if not runs:
         raise ValueError(f"no run of {workdir} ended with {definition.metric}: "
