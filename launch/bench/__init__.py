@@ -4,7 +4,7 @@ import argparse
 
 WHAT = {"train": "launch.bench.train", "rwkv4": "launch.bench.train", "min_gru": "launch.bench.train",
         "lengths": "launch.bench.lengths", "orpo": "launch.bench.orpo", "generate": "launch.bench.generate",
-        "kernels": "launch.bench.kernels", "tables": "launch.bench.tables"}
+        "kernels": "launch.bench.kernels", "tables": "launch.bench.tables", "sweep": "launch.bench.sweep"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,10 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "min_gru: the same against its RWKV-4 and minGRU-pytorch; lengths: RWKV-4 against our own "
                         "transformer as rows grow; orpo: a step of preference learning against TRL's trainer; "
                         "generate: a token after a long context; kernels: what CPUs run of the kernel operations, "
-                        "against packages; tables: PEER as its table grows, updated by rows and densely")
+                        "against packages; tables: PEER as its table grows, updated by rows and densely; sweep: "
+                        "several small models in one program against one after the other")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each side and shape (at least 10)")
     parser.add_argument("--seq-len", type=int, action="append", metavar="T", help="tokens of a row; may be repeated "
-                        "(default: 256 and 1024; lengths: 256 to 8,192; generate: 1,024 to 65,536)")
+                        "(default: 256 and 1024; lengths: 256 to 8,192; generate: 1,024 to 65,536; sweep: 32)")
     parser.add_argument("--vocab", type=int, default=8192, help="orpo: ids of the vocabulary (default: 8192)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/bench", help="where JSON and Markdown are written")
 

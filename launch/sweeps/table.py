@@ -1,12 +1,16 @@
 """What came of a sweep's trials, as lines, a table, and the command that trains the best again."""
 
+import contextlib
 import pathlib
 import shlex
+import time
 from typing import Any
 
 from launch.sweeps.definition import Definition
 from launch.sweeps.study import ERROR, VALUES, Held, open_study
 from launch.sweeps.trial import BASE, LOG, overrides
+
+REFRESH_SECONDS = 2.0
 
 
 def line(held: Held, ended: str) -> str:
@@ -19,13 +23,31 @@ def line(held: Held, ended: str) -> str:
 
 
 def show(definition: Definition, workdir: pathlib.Path) -> int:
-    """Prints all trials, the best first."""
+    """Prints all trials, the best first. On a terminal the table is drawn anew until all have ended, or Ctrl-C."""
     from rich.console import Console
+    from rich.live import Live
+    console = Console(soft_wrap=True, highlight=False)
+    table, left = trials_table(definition, workdir)
+    if console.is_terminal and left:
+        with Live(table, console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+            while left:
+                time.sleep(REFRESH_SECONDS)
+                table, left = trials_table(definition, workdir)
+                live.update(table, refresh=True)
+    else:
+        console.print(table)
+    summary(definition, workdir)
+    return 0
+
+
+def trials_table(definition: Definition, workdir: pathlib.Path) -> tuple[Any, int]:
+    """(a table of the trials, how many have not ended)."""
     from rich.table import Table
-    study = open_study(definition, workdir)
-    trials = study.get_trials(deepcopy=False)
+    trials = open_study(definition, workdir).get_trials(deepcopy=False)
     paths = [path for parameter in definition.space for path in parameter.paths]
-    table = Table(*["trial", "state", *(name for name, _ in definition.goals), *paths, "note"], box=None)
+    table = Table(box=None)
+    for name in ("trial", "state", *(name for name, _ in definition.goals), *paths, "note"):
+        table.add_column(name, overflow="fold")
     more = definition.goals[0][1]
     key = lambda trial: (trial.values is None, 0 if trial.values is None else trial.values[0] * (-1 if more else 1))
     for trial in sorted(trials, key=key):
@@ -35,9 +57,7 @@ def show(definition: Definition, workdir: pathlib.Path) -> int:
         note = trial.user_attrs.get(ERROR, f"evaluated at step {max(steps)}" if steps else "")
         table.add_row(str(trial.number), trial.state.name.lower(), *numbers,
                       *(_short(values.get(path, "")) for path in paths), note)
-    Console(soft_wrap=True, highlight=False).print(table)
-    summary(definition, workdir)
-    return 0
+    return table, definition.num_trials - sum(trial.state.is_finished() for trial in trials)
 
 
 def summary(definition: Definition, workdir: pathlib.Path) -> int:
