@@ -68,7 +68,7 @@ def measure(width: int, seq_len: int, rounds: int, peak: float, corpora: Any) ->
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result."""
-    head = " | ".join(f"{count} models" for count in COUNTS)
+    head = " | ".join(f"{count} model{'s' * (count > 1)}" for count in COUNTS)
     lines = [f"One training step of quickstart's transformer with AdamW, float32, batches of {BATCH} rows, "
              f"{result['cores']} CPU cores; Python {result['python']}, jax {result['jax']}. GEMM peak measured: "
              f"{result['gemm_gflops']:.0f} GFLOP/s. Throughput in one program over that one after the other, medians "

@@ -88,6 +88,7 @@ def why_alone(prepared: Any) -> str | None:
                     (prepared.recipe.optimizer.tables is not None, "optimizer.sparse_tables"),
                     (prepared.goldfish is not None, "loss.goldfish, masked on the device"),
                     (objective_of(prepared.config) is not None, "a loss of preferences"),
+                    (prepared.config.log.wandb_project is not None, "log.wandb_project, one run a process"),
                     (options.spike_sigma is not None or options.after_max_skips == "rollback",
                      "train.spike_sigma or train.after_max_skips")):
         if on:

@@ -15,14 +15,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def test_ray_tune_runs_the_trials_of_the_study(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'loomlm[ray]'")
     pytest.importorskip("ray.tune", reason="Ray Tune is not installed: pip install 'loomlm[ray]'")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the cluster's processes inherit it
-    context = ray.init(num_cpus=2, include_dashboard=False)
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled"), ("PYTHONPATH", str(ROOT)),
+                        ("XLA_FLAGS", flags)):  # the cluster's processes inherit them
+        monkeypatch.setenv(name, value)
+    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "launch.cli", "sweep", "--config", TINY, "--workdir", str(tmp_path / "s"), "--ray",
              context.address_info["address"], "--param", "optimizer.learning_rate=1e-3,3e-3",
-             "--config.train.steps=6"], cwd=ROOT, text=True, capture_output=True, timeout=300, env=dict(os.environ))
+             "--config.train.steps=6"], cwd=ROOT, text=True, capture_output=True, timeout=500, env=dict(os.environ))
     finally:
         ray.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
