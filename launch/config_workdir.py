@@ -2,6 +2,10 @@
 
 import fnmatch
 import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -10,6 +14,8 @@ from launch.config_files import CONFIG_FILE, config_hash, diff, from_json, to_js
 from lm.core.whole_file import write_text
 
 log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 60.0  # a bucket that has not answered by then will not
 
 # Fields that may change between two starts of one run, and why. `train.steps` may besides only grow.
 MAY_CHANGE = (
@@ -34,12 +40,72 @@ def check_place(workdir: str) -> None:
         raise ValueError("--workdir is empty; give the folder of the run, local or gs://")
     path = epath.Path(workdir)
     places = (path,) if "://" in workdir else (path, *path.parents)  # buckets have no folders that could be files
+    look = lambda: next((place for place in places if place.exists() and not place.is_dir()), None)
     try:
-        file = next((place for place in places if place.exists() and not place.is_dir()), None)
+        file = in_time(look) if "://" in workdir else look()
     except ImportError as error:
         raise ValueError(f"--workdir {workdir}: {error}; pip install gcsfs (gs://) or s3fs (s3://)") from None
+    except Exception as error:
+        if isinstance(error, OSError) or "://" in workdir:
+            raise ValueError(f"--workdir {workdir} cannot be read: {_line(error)}{_remedy(workdir)}") from error
+        raise
     if file is not None:
         raise ValueError(f"--workdir {workdir}: {file} is a file; give a folder, which may be new")
+
+
+def check_writable(workdir: str) -> None:
+    """Raises ValueError where nothing can be written at `workdir`, before anything is compiled: a small file is written
+    there, or for a new folder beside it, and removed."""
+    path = epath.Path(workdir)
+    places = [path]
+    if "://" not in workdir:
+        places = [place for place in (path, path / "checkpoints") if place.exists()] or [
+            next(place for place in path.absolute().parents if place.exists())]
+    for place in places:
+        probe = place / f".probe-{secrets.token_hex(4)}"
+
+        def write(probe: epath.Path = probe) -> None:
+            probe.write_text("")
+            probe.unlink(missing_ok=True)
+        try:
+            in_time(write) if "://" in workdir else write()
+        except Exception as error:
+            raise ValueError(f"--workdir {workdir}: {place} cannot be written: {_line(error)}{_remedy(workdir)}"
+                             ) from error
+        if "://" not in workdir and not os.access(place, os.R_OK | os.X_OK, effective_ids=True):
+            raise ValueError(f"--workdir {workdir}: {place} cannot be read{_remedy(workdir)}")
+
+
+def in_time(ask: Callable[[], Any], seconds: float | None = None) -> Any:
+    """What `ask` returns. Raises what it raises, and TimeoutError where it is not back in time: clients of object
+    stores ask again for minutes where nobody answers."""
+    seconds = ANSWER_SECONDS if seconds is None else seconds
+    came: list[tuple[Any, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            came.append((ask(), None))
+        except BaseException as error:
+            came.append((None, error))
+    asking = threading.Thread(target=call, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    if not came:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if came[0][1] is not None:
+        raise came[0][1]
+    return came[0][0]
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _remedy(workdir: str) -> str:
+    if "://" not in workdir:
+        return "; see to its owner and permissions, or use another folder"
+    return ("; see to the name of the bucket, that this machine reaches it, and that its account may read and write "
+            "there (gcloud auth application-default login, or the service account of the machine)")
 
 
 def why_allowed(path: str, before: Any, now: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
 
@@ -16,14 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
+    from lm.train.exit_codes import STORAGE
+    from lm.train.storage import refusal
+    try:
+        return run(args)
+    except Exception as error:
+        told = refusal(error)
+        if told is None or args.debug:
+            raise
+        print(f"lm train: {args.workdir} takes no more: {told}\nThe newest checkpoint there is complete. Make room, or "
+              f"see that it can be written again; then the same command goes on.", file=sys.stderr, flush=True)
+        return STORAGE
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; what goes wrong is raised."""
     from launch import config as configs
-    from launch.config_workdir import check_place, check_workdir
+    from launch.config_workdir import check_place, check_workdir, check_writable
     if args.init_from is not None:
         args.overrides = [*args.overrides, ("train.init_from", args.init_from)]
     if args.workdir is None:
         raise ValueError("lm train needs --workdir DIR, where checkpoints and logs go (local or gs://)")
     check_place(args.workdir)
     config = configs.from_args(args)
+    check_writable(args.workdir)
 
     from launch.distributed import initialize
     initialize()

@@ -160,8 +160,8 @@ def _fresh_guard(abstract: Guard | None) -> Guard | None:
     """For a run that gets a guard, or another window, on its way."""
     if abstract is None:
         return None
-    make = jax.jit(lambda: fresh_guard(abstract.seen.shape[1]), out_shardings=jax.tree.map(lambda s: s.sharding, abstract))
-    return make()
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: fresh_guard(abstract.seen.shape[1]), out_shardings=placed)()
 
 
 def _replaced(state: TrainState, part: Callable[[Any], Any]) -> TrainState:

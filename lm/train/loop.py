@@ -31,6 +31,7 @@ from lm.train.rollback import roll_back
 from lm.train.signals import Preemption
 from lm.train.state import Recipe, TrainState
 from lm.train.step import make_train_step
+from lm.train.stragglers import Stragglers
 from lm.train.watchdog import Watchdog
 from lm.train.writers import MetricsWriter, read_rows
 
@@ -114,7 +115,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
             return DONE
 
         code, metrics, evaluated = DONE, {}, {}
-        skipped = None if begin else 0.0
+        skipped, stragglers = None if begin else 0.0, Stragglers()
         with (MetricsWriter(workdir, log, process_index=jax.process_index(), start_step=begin) as writer,
               Progress(options.steps, begin, log.every, quiet=not first_process) as progress,
               Profiler(profile, workdir, total_steps=options.steps) as profiler,
@@ -176,6 +177,9 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                     skipped = row["train/skipped"]
                     if due["log"] or last or stopping:
                         row |= meter.report()
+                        with meter.paused():
+                            for line in stragglers.look(meter.batch_time, row.get("perf/step_time")):
+                                progress.note(f"step {step}: {line}")
                         writer.write(step, row)
                         progress.update(step, loss=row["train/loss"], bits_per_byte=row.get("train/bits_per_byte"),
                                         tokens_per_sec=row.get("perf/tokens_per_sec"), mfu=row.get("perf/mfu"))

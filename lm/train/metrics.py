@@ -81,7 +81,8 @@ class PerfMeter:
         self.compile_time: float | None = None  # seconds of the first step, compilation included
         self._windows: list[tuple[int, float, float]] = []  # steps, seconds, seconds waiting
         self._began, self._started, self._told = clock(), False, False
-        self._steps, self._waited = 0, 0.0
+        self._steps, self._waited, self._fetched = 0, 0.0, 0.0
+        self.batch_time = 0.0  # seconds a step to get a batch in the last window, waited for or not
 
     @contextlib.contextmanager
     def waiting(self, outputs: Any = ()) -> Iterator[None]:
@@ -93,8 +94,10 @@ class PerfMeter:
         try:
             yield
         finally:
+            took = self.clock() - before
+            self._fetched += took
             if all(leaf.is_ready() for leaf in jax.tree.leaves(outputs)):
-                self._waited += self.clock() - before
+                self._waited += took
 
     def stepped(self, outputs: Any) -> None:
         """A step was dispatched. The first one, which compiles, is waited for and belongs to no window."""
@@ -104,7 +107,7 @@ class PerfMeter:
         jax.block_until_ready(outputs)
         now = self.clock()
         self.compile_time = now - self._began - self._waited
-        self._began, self._waited = now, 0.0
+        self._began, self._waited, self._fetched = now, 0.0, 0.0
 
     @contextlib.contextmanager
     def paused(self, outputs: Any = ()) -> Iterator[None]:
@@ -127,7 +130,8 @@ class PerfMeter:
             window = (self._steps, max(now - self._began, 1e-9), self._waited)
             self._windows.append(window)
             row |= self._describe(window[1] / window[0], window[2] / window[1])
-            self._began, self._steps, self._waited = now, 0, 0.0
+            self.batch_time = self._fetched / self._steps
+            self._began, self._steps, self._waited, self._fetched = now, 0, 0.0, 0.0
         if self.compile_time is not None and not self._told:
             row["perf/compile_time"], self._told = self.compile_time, True
         return row | peak_memory(self.devices)

@@ -22,8 +22,8 @@ class TrainOptions:
     spike_sigma: float | None = option(None, "leave out an update whose loss or gradient norm is above the mean of the "
                                              "last spike_window by so many standard deviations; None takes all")
     spike_window: int = option(128, "updates of that mean; the rule begins when half of them are there")
-    max_skips: int = option(10, "updates left out in a row (not finite with on_nonfinite='skip', or spikes) after which "
-                            "the run does as after_max_skips says")
+    max_skips: int = option(10, "updates left out in a row (not finite with on_nonfinite='skip', or spikes) after "
+                            "which the run does as after_max_skips says")
     after_max_skips: Literal["stop", "rollback"] = option(
         "stop", "stop with exit code 76, or go back to the parameters of the last checkpoint from before and on with "
                 "the data from here")

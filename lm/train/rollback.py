@@ -28,7 +28,7 @@ def roll_back(checkpoints: Checkpoints, abstract: TrainState, row: Mapping[str, 
     if good and good[-1] <= last:
         good = [at for at in good if at < last]
     if not good or row["train/rollbacks"] >= most:
-        why = f"it went back {most} times already (train.max_rollbacks)" if good else "no checkpoint is from before them"
+        why = f"it went back {most} times already (train.max_rollbacks)" if good else "no checkpoint is from before"
         logging.error("step %d: %d updates in a row were left out, and %s", step, int(row["train/skips"]), why)
         return None
     back, _ = checkpoints.restore(abstract, good[-1])

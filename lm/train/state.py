@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     """step: int32 updates done. params: variables of the model. opt_state: the optimizer's. carry: the objective's.
     ema: averaged parameters, or None. key: typed PRNG key of the run; a step's key is this one folded by the step.
     bad_step: first step whose loss or gradient was not finite and that was not skipped, else -1; from then on nothing
-    changes. skips: skipped updates in a row; skipped: in all. guard: what spikes are told by, None where all are taken."""
+    changes. skips: skipped updates in a row; skipped: in all. guard: what spikes are told by, or None."""
 
     step: Array
     params: Params

@@ -6,6 +6,7 @@ value that is not known (MFU of an unknown device). Rows have left this process 
 none. Object stores (gs://) cannot append: rows are kept in memory and the whole file is written anew now and then.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from etils import epath
 from lm.train.options import LogOptions
 
 FILE = "metrics.jsonl"
+QUEUE = 10_000  # events that may wait for the disk: more than a row has
 
 
 def to_float(name: str, value: Any) -> float | None:
@@ -83,17 +85,21 @@ class AppendedFile:
                 os.fsync(file.fileno())
             os.replace(beside, path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._failed = False
 
     def append(self, line: str) -> None:
         """Adds a line and hands it to the operating system, so that it outlives this process."""
+        self._failed = True
         self._file.write(line + "\n")
+        self._failed = False
 
     def flush(self) -> None:
         """Nothing is waiting here."""
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file. What could not be written has been told by `append`."""
+        with contextlib.suppress(OSError) if self._failed else contextlib.nullcontext():
+            self._file.close()
 
 
 class RewrittenFile:
@@ -166,6 +172,10 @@ class MetricsWriter:
         known = {name: value for name, value in row.items() if value is not None}
         if self._board is not None:
             for name, value in known.items():
+                if not is_writing(self._board):
+                    logging.warning("TensorBoard's event file could not be written; no more events")
+                    self._board = None
+                    break
                 self._board.add_scalar(name, value, int(step))
         if self._wandb is not None:
             self._wandb.log({"step": int(step), **known})
@@ -181,8 +191,11 @@ class MetricsWriter:
         self._file = self._board = self._wandb = None
         if file is not None:
             file.close()
-        if board is not None:
-            board.close()
+        if board is not None and is_writing(board):
+            try:
+                board.close()
+            except OSError as error:
+                logging.warning("TensorBoard's event file could not be written: %s", error)
         if run is not None:
             run.finish()
 
@@ -193,12 +206,18 @@ class MetricsWriter:
         self.close()
 
 
+def is_writing(board: Any) -> bool:
+    """Whether tensorboardX's thread lives: a full disk ends it, and the queue to it would then fill up and block."""
+    thread = getattr(getattr(getattr(board, "file_writer", None), "event_writer", None), "_worker", None)
+    return thread is None or thread.is_alive()
+
+
 def open_tensorboard(folder: epath.Path, start_step: int) -> Any:
     """An event file in `folder` that hides events after `start_step` of earlier files, as TensorBoard reads them."""
     from tensorboardX import SummaryWriter  # here, since only process 0 and only those who ask need it
     purge = start_step + 1 if folder.exists() and any(folder.iterdir()) else None
     try:
-        return SummaryWriter(logdir=os.fspath(folder), purge_step=purge, flush_secs=30)
+        return SummaryWriter(logdir=os.fspath(folder), purge_step=purge, flush_secs=30, max_queue=QUEUE)
     except ImportError as error:
         raise ValueError(f"config.log.tensorboard=True cannot write to {os.fspath(folder)}: {error}. Install it, or "
                          f"set config.log.tensorboard=False") from error

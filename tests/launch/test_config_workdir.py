@@ -1,12 +1,17 @@
 """A workdir belongs to one config: another is refused with the differences, but for fields that change no result."""
 
+import contextlib
 import logging
+import os
+import pathlib
+import tempfile
+import time
 
 import pytest
 from etils import epath
 
-from launch import config
-from launch.config_workdir import MAY_CHANGE, check_place, check_workdir, table, why_allowed, write_text
+from launch import config, config_workdir
+from launch.config_workdir import MAY_CHANGE, check_place, check_workdir, check_writable, table, why_allowed, write_text
 
 GIVEN = {"model": {"embed_dim": 64, "num_layers": 2, "attention": {"num_heads": 4}}}
 
@@ -131,3 +136,52 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_the_table_is_aligned():
     assert table([("config.a", 1, "x"), ("config.long", (1, 2), None)], "A", "B").splitlines() == [
         "  field        A       B", "  config.a     1       'x'", "  config.long  (1, 2)  None"]
+
+
+@contextlib.contextmanager
+def nobody():
+    """As a user to whom permissions mean something."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(("mode", "says"), [
+    (0o555, "cannot be written"), (0o000, "cannot be"), (0o333, "cannot be read")])
+def test_a_folder_that_may_not_be_used_is_refused_before_anything_runs(mode, says):
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own folder is closed to others
+        os.chmod(parent, 0o777)
+        folder = pathlib.Path(parent) / "runs"
+        folder.mkdir()
+        os.chown(folder, 65534 if os.geteuid() == 0 else -1, -1)
+        folder.chmod(mode)
+        try:
+            for place in (folder, folder / "new") if mode != 0o333 else (folder,):
+                with nobody(), pytest.raises(ValueError, match=says):
+                    check_place(str(place))
+                    check_writable(str(place))
+        finally:
+            folder.chmod(0o777)
+        with nobody():
+            check_place(str(folder))
+            check_writable(str(folder))
+        assert list(folder.iterdir()) == []
+
+
+def test_a_new_workdir_is_not_made_by_asking(tmp_path):
+    check_writable(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(config_workdir, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(type(epath.Path("gs://bucket/run")), "exists", lambda self: time.sleep(20))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"gs://bucket/run cannot be read: no answer within 0.2 s; see to the name"):
+        check_place("gs://bucket/run")
+    assert time.monotonic() - began < 10

@@ -1,5 +1,6 @@
 """Reports: what they say of runs that were written by hand, that nothing is run or loaded from them, and of a sweep."""
 
+import html
 import html.parser
 import json
 import shutil
@@ -93,6 +94,23 @@ def test_the_command_reports_runs_and_folders_of_runs(tmp_path, capsys):
     pictures = list((tmp_path / "out/report_files").iterdir())
     assert len(pictures) == 2 and all(f"report_files/{p.name}" in markdown for p in pictures)
     assert "| optimizer.learning\\_rate | 0.1 | 0.1 | 0.2 |" in markdown
+
+
+def test_settings_names_and_metrics_that_are_html_are_text(tmp_path):
+    """A config value, a folder's name, the name of a metric and the text of an environment, each a tag."""
+    write(tmp_path / "runs/<script>one", rate=EVIL)
+    other = write(tmp_path / "runs/two", rate=0.1)
+    result = json.loads((other / "final_result.json").read_text())
+    (other / "final_result.json").write_text(json.dumps({**result, f"eval/{EVIL}/loss": 1.0}))
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, f"eval/{EVIL}/loss": 1.0}) + "\n")
+    assert cli.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    tags = Tags(page)
+    assert "script" not in tags.tags and all(link.startswith(("data:image/png;base64,", "#")) for link in tags.links)
+    assert html.escape(EVIL) in page and html.escape("<script>one") in page
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "<script" not in markdown.replace(r"\<", "") and "<img" not in markdown.replace(r"\<", "")
 
 
 def test_a_run_that_has_just_begun_is_reported_too(tmp_path):

@@ -41,6 +41,19 @@ def shuffled(kinds: dict[str, int], draw: random.Random) -> list[str]:
     return out
 
 
+def wait_for(kind: str, process: subprocess.Popen, workdir: pathlib.Path, draw: random.Random, seconds: float) -> None:
+    """Until a drawn time has passed, so many more rows are written, or a checkpoint is half written."""
+    metrics, began = workdir / "metrics.jsonl", time.monotonic()
+    rows = lambda: metrics.read_text().count("train/loss") if metrics.exists() else 0
+    limit, goal = draw.uniform(0.0, seconds), rows() + draw.randrange(1, 25)
+    while process.poll() is None:
+        waited = time.monotonic() - began
+        if (kind == "time" and waited > limit) or (kind == "step" and rows() >= goal) or (
+                kind == "save" and waited > 1 and list(workdir.glob("checkpoints/*tmp*"))):
+            return
+        time.sleep(0.001)
+
+
 def numbers(workdir: pathlib.Path) -> dict[str, float]:
     """final_result.json without what clocks and memory gave."""
     result = json.loads((workdir / "final_result.json").read_text())
@@ -56,19 +69,7 @@ def test_a_trainer_that_is_killed_at_any_point_ends_the_same(tmp_path):
     seconds, workdir = time.monotonic() - began, tmp_path / "killed"
     for kind in shuffled(TRAINER_KILLS, draw):
         process = start(workdir, *LONG)
-        came, goal = time.monotonic(), draw.uniform(0.0, seconds)
-        rows, metrics = draw.randrange(1, 25), workdir / "metrics.jsonl"
-        size = lambda: metrics.read_text().count("train/loss") if metrics.exists() else 0
-        before = size()
-
-        def reached() -> bool:
-            if kind == "step":
-                return size() >= before + rows
-            if kind == "save":
-                return time.monotonic() - came > 1 and bool(list(workdir.glob("checkpoints/*tmp*")))
-            return time.monotonic() - came > goal
-        while process.poll() is None and not reached():
-            time.sleep(0.001)
+        wait_for(kind, process, workdir, draw, seconds)
         process.send_signal(signal.SIGKILL)
         killed += finish(process)[0] == -signal.SIGKILL
         for step in complete_steps(workdir):  # none of them is damaged
@@ -130,7 +131,7 @@ def alive(pid: int, workdir: pathlib.Path) -> bool:
 
 
 def test_a_sweep_whose_processes_are_killed_loses_and_doubles_nothing(tmp_path):
-    draw, killed, orphans, log = random.Random(30), 0, set(), tmp_path / "log"
+    draw, killed, orphans, log, process = random.Random(30), 0, set(), tmp_path / "log", None
     log.touch()
     assert sweep(tmp_path / "whole", log).wait(300) == 0, log.read_text()
     workdir = tmp_path / "killed"
@@ -163,6 +164,9 @@ def test_a_sweep_whose_processes_are_killed_loses_and_doubles_nothing(tmp_path):
             assert sweep(workdir, log).wait(240) == 0, log.read_text()  # 0: nothing failed
             time.sleep(0.5)  # what an orphan still has is read by the next
     finally:
+        if process is not None and process.poll() is None:
+            orphans |= set(children(process.pid))
+            process.kill()
         for pid in orphans:
             if alive(pid, workdir):
                 kill(pid)
