@@ -63,7 +63,7 @@ def look(place: str) -> dict[str, Any]:
     code = result.get("exit_code")
     return {"name": place, "step": at[-1] if at else 0, "steps": steps, "metric": metric, "losses": losses,
             "evaluations": last_evaluations(rows, metric), "speed": speeds[-1] if speeds else None,
-            "quiet": time.time() - file.stat().mtime if file.exists() else None,
+            "quiet": max(time.time() - file.stat().mtime, 0.0) if file.exists() else None,
             "ended": STATES.get(code, f"exit code {code}") if ended else None}
 
 
