@@ -34,7 +34,10 @@ def draw(found: Mapping[str, Any]) -> bytes:
 
 
 def _matched(axes: Any, found: Mapping[str, Any], ratios: list[float]) -> None:
+    from matplotlib.ticker import FormatStrFormatter
     axes.set_yscale("log")
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(FormatStrFormatter("%g"))
     for n, ratio in enumerate(ratios):
         color = COLORS[n % len(COLORS)]
         runs = [run for run in found["runs"] if run["ratio"] == ratio]

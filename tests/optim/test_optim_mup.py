@@ -45,6 +45,7 @@ def test_rates_are_those_of_table_8_and_decay_a_step_does_not_depend_on_width():
         "head/kernel": 0.1, **{name: 0.4 for name, row in found.items() if row.lr_multiplier == 0.25}}
 
 
+@pytest.mark.slow
 def test_the_models_part_is_that_of_table_8():
     wide, base = (build_model({**SMALL, "embed_dim": d, "vocab_multiple": 256, "num_layers": 1}, 256) for d in (64, 16))
     params = {m.embed_dim: init_params(m, jax.random.key(0))["params"] for m in (wide, base)}
@@ -73,10 +74,13 @@ def test_depth_is_that_of_completep_and_of_depth_mup(exponent, branch, rate):
     built = build_model({**SMALL, **model}, 24)
     assert built.stack.pattern[0].branch == pytest.approx(branch)
     assert built.stack.pattern[0].layers[1].output_scale == 4**-0.5  # of the base depth
+    assert build_model({**SMALL, **model, "num_layers": 2}, 24).stack.pattern[0].branch == 1.0
+
+
+@pytest.mark.slow
+def test_a_block_with_its_branches_multiplied_is_one_whose_output_matrices_are():
+    built, branch = build_model({**SMALL, "num_layers": 6, "base_depth": 2}, 24), 1 / 3
     params = init_params(built, jax.random.key(0))
-    once = build_model({**SMALL, **model, "num_layers": 2}, 24)
-    assert once.stack.pattern[0].branch == 1.0
-    # A block with its branches multiplied is one whose output matrices are.
     block = params["params"]["stack"]["pattern_0"]
     for name, part in (("attention", "out"), ("mlp", "down")):
         block[name][part]["kernel"] *= branch
