@@ -17,12 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
+    from launch.cli import is_for_user
     from lm.train.exit_codes import STORAGE
     from lm.train.storage import refusal
     try:
         return run(args)
     except Exception as error:
-        told = refusal(error)
+        told = None if is_for_user(error) else refusal(error)
         if told is None or args.debug:
             raise
         print(f"lm train: {args.workdir} takes no more: {told}\nThe newest checkpoint there is complete. Make room, or "

@@ -18,10 +18,20 @@ from test_runs import free_port
 NEEDED = ("gcsfs", "gcp_storage_emulator")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not all(map(importlib.util.find_spec, NEEDED)), reason=f"needs pip install {' '.join(NEEDED).replace('_', '-')}")]
-# Its own server answers one connection at a time.
+# Its own server answers one connection at a time, and does not tell the generation of what it hands out, by which
+# tensorstore knows what it replaces.
 SERVER = """
 import http.server, sys
 http.server.HTTPServer = http.server.ThreadingHTTPServer
+from gcp_storage_emulator.handlers import objects
+whole = objects.download
+def download(request, response, storage, *args, **kwargs):
+    whole(request, response, storage, *args, **kwargs)
+    if response.status.value < 300:
+        place = request.params["bucket_name"], request.params["object_id"]
+        response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
+        response["x-goog-metageneration"] = "1"
+objects.download = download
 from gcp_storage_emulator.server import create_server
 create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
 """
