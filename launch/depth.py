@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 EXIT = "exit"  # name of the setting in which tokens stop by themselves
+LOOKAHEAD = 4
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
                        help="a token begins from the last state of the token before it")
     group.add_argument("--draft", type=int, metavar="R",
                        help="draft tokens with R iterations and verify several at once; the text's distribution stays")
-    group.add_argument("--lookahead", type=int, default=4, metavar="N", help="tokens of a draft (default: 4)")
+    group.add_argument("--lookahead", type=int, metavar="N", help=f"tokens of a draft (default: {LOOKAHEAD})")
     group.add_argument("--continuous", action="store_true",
                        help="rows whose token has stopped go on to their next one without waiting for the others")
 
@@ -75,6 +76,8 @@ def changed(run: Any, args: argparse.Namespace) -> Any:
             "warm_start": args.warm_start or None}
     said = {name: value for name, value in said.items() if value is not None}
     draft, continuous = args.draft, args.continuous
+    if args.lookahead is not None and draft is None:
+        raise ValueError(f"--lookahead {args.lookahead} is the length of a draft, and there is none; give --draft R")
     flags = [*said, *(["draft"] if draft is not None else []), *(["continuous"] if continuous else [])]
     if not flags:
         return run
@@ -97,4 +100,5 @@ def changed(run: Any, args: argparse.Namespace) -> Any:
 def speculation(args: argparse.Namespace) -> Any | None:
     """How `lm generate` drafts, None where it does not."""
     from lm.generate.speculative import Speculation
-    return None if args.draft is None else Speculation(args.draft, args.lookahead)
+    return None if args.draft is None else Speculation(args.draft, LOOKAHEAD if args.lookahead is None
+                                                       else args.lookahead)

@@ -40,6 +40,7 @@ NORMS = {
 }
 
 
+MOST_POSITIONS = 2**30
 NONE_IS = {"embed_std": "", "norm_eps": ", or None for the norm's own"}
 
 
@@ -110,6 +111,9 @@ def resolve_model(given: Mapping[str, Any]) -> dict[str, Any]:
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"config.model.{name}={options[name]} must be above 0"
                              f"{NONE_IS.get(name, ', or None for none')}")
+    if made.random_positions is not None and made.random_positions > MOST_POSITIONS:
+        raise ValueError(f"config.model.random_positions={made.random_positions} must be at most {MOST_POSITIONS}: "
+                         f"positions are 32-bit numbers, and a row goes on from there")
     check_dropout(options, "config.model")
     coda = () if depth is None else depth.coda
     repeats_of(made, coda)

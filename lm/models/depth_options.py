@@ -7,6 +7,7 @@ from lm.core.fields import option
 from lm.core.recurrences import check_exit, check_recurrences
 
 ENTRY = "recurrent_depth"
+MOST = 10_000  # iterations of a training step, however rare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,10 @@ class RecurrentDepthOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{where}{name}={value} must be at least 1")
+        # Training tabulates the probability of every number up to there.
+        if self.mean and (rate := math.log(self.mean) - self.sigma**2 / 2 + 6 * self.sigma) > math.log(MOST):
+            raise ValueError(f"{where}mean={self.mean} and sigma={self.sigma}: a draw six deviations up would be of "
+                             f"e^{rate:.1f} iterations, and training draws at most {MOST}; lower one of them")
         check_recurrences(self.recurrences, f"{where}recurrences")
         check_exit(self.exit_kl, f"{where}exit_kl")
 

@@ -63,6 +63,7 @@ def test_evaluation_adds_sets_at_other_depths_and_how_many_iterations_were_taken
 
 
 @pytest.mark.parametrize("words, message", [
+    (("--lookahead", "2"), "--lookahead 2 is the length of a draft, and there is none"),
     (("--recurrences", "0"), "recurrences=0 must be at least 1"), (("--exit-kl", "nan"), "exit_kl=nan"),
     (("--recurrences", "3000000000"), "and below 2"), (("--cache", "0"), "cache=0"),
     (("--draft", "4"), "--draft 4 must be below the 4 iterations"),

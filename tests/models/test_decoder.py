@@ -162,6 +162,7 @@ def test_parameter_names():
     (dict(dropout=1.0), "config.model.dropout=1.0 must be at least 0 and below 1"),
     (dict(mlp=dict(dropout=-0.1)), "config.model.mlp.dropout=-0.1 must be at least 0 and below 1"),
     (dict(softcap=0.0), "config.model.softcap=0.0 must be above 0, or None for none"),
+    (dict(random_positions=2**31), "random_positions=2147483648 must be at most 1073741824"),
     (dict(embed_std=-1.0), "config.model.embed_std=-1.0 must be above 0"),
 ])
 def test_mistakes_are_named(given, message):

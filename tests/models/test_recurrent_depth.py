@@ -186,6 +186,7 @@ def test_tokens_do_not_see_later_ones():
 
 @pytest.mark.parametrize("given, words", [
     (dict(recurrences=0), "recurrences=0 must be at least 1"), (dict(backprop=0), "backprop=0"),
+    (dict(mean=1e6), "mean=1000000.0 and sigma=0.5: .* at most 10000"), (dict(sigma=3.0), "sigma=3.0: .* lower one of"),
     (dict(cache=0), "cache=0"), (dict(exit_kl=-1e-3), "exit_kl=-0.001"), (dict(exit_kl=float("nan")), "exit_kl=nan"),
     (dict(mean=-1.0), "mean=-1.0"), (dict(means=4.0), "did you mean 'mean'"), (dict(coda=("atention",)), "attention")],
     ids=str)
