@@ -4,6 +4,24 @@ import logging
 from typing import Any
 
 log = logging.getLogger(__name__)
+PROBE = "It was 7 o'clock, naïve cafés:\n\tpassed 1,000 by."
+
+
+def compare_tokenizers(init_from: str, tokenizer: Any) -> bool:
+    """Whether the run to begin from encodes text as `tokenizer` does; a warning where not: the same ids would be other
+    words. True too where its tokenizer is not to be found any more."""
+    from launch import config as configs
+    from lm.data.corpora import load_tokenizer
+    try:
+        other = load_tokenizer(configs.options(configs.load(init_from), "data"))
+        same = list(other.encode(PROBE)) == list(tokenizer.encode(PROBE))
+    except (OSError, ValueError, NotImplementedError):
+        return True
+    if not same:
+        log.warning("%s was trained with another tokenizer (%d ids; this run's has %d): its embeddings mean other words "
+                    "here. For its own give --config.data.tokenizer as its config.json has it, or data prepared with "
+                    "--config %s", init_from, other.vocab_size, tokenizer.vocab_size, init_from)
+    return same
 
 
 def from_run(options: Any, state: Any, workdir: str) -> tuple[Any, dict[str, Any] | None]:

@@ -158,6 +158,9 @@ def prepare(config: Any, corpora: Any = None) -> Prepared:
     data = configs.options(config, "data")
     check_carry(options, data, config)
     corpora = load_corpora(data) if corpora is None else corpora
+    if options.init_from is not None:
+        from launch.start import compare_tokenizers
+        compare_tokenizers(options.init_from, corpora.tokenizer)
     goldfish = goldfish_of(config.loss.to_dict(), special_ids(corpora.tokenizer), options.seq_len)
     if goldfish is not None:
         goldfish.check_vocab(corpora.tokenizer.vocab_size)

@@ -3,7 +3,8 @@
 Claim: `fam.py:smollm2` trains a feedback memory and adapters on SmolLM2-135M as converted by `lm convert`; `1b` and
     `8b` are the sizes of the paper, whose pretrained weights are not public.
 Command: lm train --config experiments/presets/fam.py:smollm2 --workdir runs/fam --init-from runs/smollm2 \
-    --config.data.source=text --config.data.path=DIR
+    --config.data.source=text --config.data.path=DIR \
+    --config.data.tokenizer='{kind: tokenizers, path: runs/smollm2/tokenizer/tokenizer.json, bos: 1, eos: 2}'
 Hardware: accelerators.
 Expected: not trained. The paper's 1b rises from 11.8 to 13.5 on NarrativeQA and from 46.6 to 47.0 on PG-19.
 
