@@ -19,8 +19,8 @@ def compare_tokenizers(init_from: str, tokenizer: Any) -> bool:
         return True
     if not same:
         log.warning("%s was trained with another tokenizer (%d ids; this run's has %d): its embeddings mean other "
-                    "words here. For its own give --config.data.tokenizer as its config.json has it, or data prepared with "
-                    "--config %s", init_from, other.vocab_size, tokenizer.vocab_size, init_from)
+                    "words here. For its own give --config.data.tokenizer as its config.json has it, or data prepared "
+                    "with --config %s", init_from, other.vocab_size, tokenizer.vocab_size, init_from)
     return same
 
 
