@@ -24,7 +24,7 @@ def recipe_of(model: Any, train: Any, optimizer: Any, loss: Mapping[str, Any]) -
 
     from launch import adapters, preference
     from lm.core.tree import axes_of
-    from lm.models.build import abstract_params
+    from lm.models.build import abstract_params, initial_variables
     from lm.models.tables import tables_of
     from lm.optim.builder import build_optimizer
     from lm.optim.mup import resolve
@@ -39,8 +39,7 @@ def recipe_of(model: Any, train: Any, optimizer: Any, loss: Mapping[str, Any]) -
     optimizer = resolve(optimizer, nn.meta.unbox(boxed), axes_of(boxed), model.transfer)
 
     def init(key):
-        import jax.numpy as jnp
-        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+        params = nn.meta.unbox(initial_variables(model, key))
         return {**params, **adapters.beside(train, model, params["params"], jax.random.fold_in(key, 1))}
 
     carry = tuple

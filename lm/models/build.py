@@ -286,12 +286,30 @@ def make_apply(model: nn.Module) -> Apply:
 
 def abstract_params(model: nn.Module) -> Params:
     """Shapes of the variables, boxed with their logical axes; nothing is allocated."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return jax.eval_shape(lambda: initial_variables(model, jax.random.key(0)))
 
 
 def init_params(model: nn.Module, key: Key, mesh: Mesh | None = None) -> Params:
     """Fresh variables {"params": ...}, created where they belong on the mesh."""
     def init(key):
-        return nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+        return nn.meta.unbox(initial_variables(model, key))
     out = None if mesh is None else shardings(abstract_params(model), mesh)
     return jax.jit(init, out_shardings=out)(key)
+
+
+def initial_variables(model: nn.Module, key: Key) -> Params:
+    """Variables as one token makes them, which implementations that the config names need not serve, nor the machine
+    that only counts them."""
+    return _unnamed(model).init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def _unnamed(part: Any) -> Any:
+    """A module with `implementation` of None in it and in all that it holds."""
+    if type(part) is tuple:
+        return tuple(map(_unnamed, part))
+    if not isinstance(part, nn.Module):
+        return part
+    own = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.init}
+    held = {name: _unnamed(value) for name, value in own.items() if isinstance(value, (tuple, nn.Module))
+            and name != "parent"}
+    return part.clone(**held, **({"implementation": None} if "implementation" in own else {}))
