@@ -99,8 +99,7 @@ def write_page(claims: list[Any]) -> int:
 def run(claim: Any, args: argparse.Namespace) -> int:
     """Runs what has not been run, judges, writes results.json and figure.png, and prints the verdict."""
     from launch import config as configs
-    from launch.claim_grid import default_jobs, unfinished
-    from launch.claim_grid import run as run_grid
+    from launch.claim_grid import run_and_tell
     from launch.config_workdir import check_place
     from lm.claims import store
     from lm.claims.figure import draw
@@ -120,22 +119,9 @@ def run(claim: Any, args: argparse.Namespace) -> int:
         begun = {"claim": claim.name, "full": args.full, "run": secrets.token_hex(4),
                  "started": time.strftime("%Y-%m-%d", time.gmtime()), "cells": hashes}
         store.write_json(workdir / store.CLAIM_FILE, begun)
-    left = unfinished(workdir, cells)
-    jobs = min(default_jobs() if args.jobs is None else args.jobs, max(1, len(left)))
-    print(f"{claim.name}: {len(cells)} cells, {len(left)} to run, {jobs} at a time, in {workdir}", flush=True)
-    done = len(cells) - len(left)
-
-    def note(cell: Any, attempt: dict[str, Any]) -> None:
-        nonlocal done
-        done += "message" not in attempt
-        what = f"failed with exit code {attempt['exit_code']}: {attempt['message']}" if "message" in attempt else "done"
-        print(f"[{done}/{len(cells)}] {cell.name}: {what}; {attempt['cpu_seconds']:.0f} CPU-s, "
-              f"{attempt['wall_seconds']:.0f} s", flush=True)
-
-    stopped = run_grid(workdir, cells, {name: configs.to_json(config) for name, config in resolved.items()}, jobs=jobs,
-                       note=note)
+    stopped = run_and_tell(workdir, cells, {name: configs.to_json(config) for name, config in resolved.items()},
+                           jobs=args.jobs, title=f"{claim.name}: {len(cells)} cells")
     if stopped:
-        print(f"Stopped; the same command goes on from here ({len(unfinished(workdir, cells))} cells are left).")
         return stopped
     results = collect(begun, workdir, cells, hashes)
     results["verdict"] = verdict = judge(claim.module.check, results["cells"])

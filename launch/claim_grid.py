@@ -79,6 +79,30 @@ def finished(workdir: pathlib.Path, running: Running, cpu_seconds: float, code: 
     return attempt
 
 
+def run_and_tell(workdir: pathlib.Path, cells: Sequence[Cell], config_texts: Mapping[str, str], *, jobs: int | None,
+                 title: str) -> int:
+    """As `run`, with a line of what there is to do, one for every cell that ended, and one where it was stopped. jobs:
+    None for `default_jobs`. title: what it is, "fam_passkey: 15 cells"."""
+    left = unfinished(workdir, cells)
+    jobs = min(default_jobs() if jobs is None else jobs, max(1, len(left)))
+    print(f"{title}, {len(left)} to run, {jobs} at a time, in {workdir}", flush=True)
+    done = len(cells) - len(left)
+
+    def note(cell: Cell, attempt: dict[str, Any]) -> None:
+        nonlocal done
+        done += "message" not in attempt
+        what = "done" if "message" not in attempt else (
+            "stopped" if attempt["exit_code"] == PREEMPTED else
+            f"failed with exit code {attempt['exit_code']}: {attempt['message']}")
+        print(f"[{done}/{len(cells)}] {cell.name}: {what}; {attempt['cpu_seconds']:.0f} CPU-s, "
+              f"{attempt['wall_seconds']:.0f} s", flush=True)
+
+    stopped = run(workdir, cells, config_texts, jobs=jobs, note=note)
+    if stopped:
+        print(f"Stopped; the same command goes on from here ({len(unfinished(workdir, cells))} are left).")
+    return stopped
+
+
 def run(workdir: pathlib.Path, cells: Sequence[Cell], config_texts: Mapping[str, str], *, jobs: int,
         note: Callable[[Cell, dict[str, Any]], None]) -> int:
     """Runs every cell that has no numbers yet. A cell that fails does not stop the others; one that was told to stop

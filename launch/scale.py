@@ -103,28 +103,9 @@ def keep(workdir: pathlib.Path, rungs: list[Any]) -> None:
 def train(workdir: pathlib.Path, rungs: list[Any], jobs: int | None) -> int:
     """Trains what has not been trained, each run in a process of its own; returns 75 where it was told to stop."""
     from launch import config as configs
-    from launch.claim_grid import default_jobs, unfinished
-    from launch.claim_grid import run as run_grid
-    from lm.train.exit_codes import PREEMPTED
-    cells = [rung.cell for rung in rungs]
-    left = unfinished(workdir, cells)
-    jobs = min(default_jobs() if jobs is None else jobs, max(1, len(left)))
-    print(f"{len(cells)} runs, {len(left)} to train, {jobs} at a time, in {workdir}", flush=True)
-    done = len(cells) - len(left)
-
-    def note(cell: Any, attempt: dict[str, Any]) -> None:
-        nonlocal done
-        done += "message" not in attempt
-        what = "done" if "message" not in attempt else (
-            "stopped" if attempt["exit_code"] == PREEMPTED else
-            f"failed with exit code {attempt['exit_code']}: {attempt['message']}")
-        print(f"[{done}/{len(cells)}] {cell.name}: {what}; {attempt['wall_seconds']:.0f} s", flush=True)
-
+    from launch.claim_grid import run_and_tell
     texts = {rung.cell.name: configs.to_json(rung.config) for rung in rungs}
-    stopped = run_grid(workdir, cells, texts, jobs=jobs, note=note)
-    if stopped:
-        print(f"Stopped; the same command goes on from here ({len(unfinished(workdir, cells))} runs are left).")
-    return stopped
+    return run_and_tell(workdir, [rung.cell for rung in rungs], texts, jobs=jobs, title=f"{len(rungs)} runs")
 
 
 def result(workdir: pathlib.Path, definition: Any, rungs: list[Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ numbers do not change what a token costs. All models of a length take turns.
 """
 
 import argparse
-import json
 import os
-import pathlib
 import platform
 import statistics
 import time
 from typing import Any
+
+from launch.bench.publish import publish
 
 LENGTHS = (1024, 4096, 16_384, 65_536)
 STEPS = 16  # tokens of a call
@@ -27,13 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "jax": jax.__version__,
               "cores": len(os.sched_getaffinity(0)), "rows": [measure(length, args.steps) for length in lengths]}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generate.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "generate.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "generate", result, markdown(result))
 
 
 def measure(length: int, calls: int) -> dict[str, Any]:

@@ -9,15 +9,14 @@ import argparse
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import os
-import pathlib
 import platform
 import statistics
 import tempfile
 import time
 from typing import Any, NamedTuple
 
+from launch.bench.publish import publish
 from launch.bench.train import side
 
 TURN = 3
@@ -50,13 +49,7 @@ def run(args: argparse.Namespace) -> int:
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
               "load": os.getloadavg()[0], "steps": args.steps,
               "rows": [row for comparison in COMPARISONS for row in measure(comparison, args.steps, cores)]}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "kernels.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "kernels", result, markdown(result))
 
 
 def missing(comparison: Comparison) -> str | None:

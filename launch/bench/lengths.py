@@ -6,15 +6,14 @@ linearly with the length is a constant step. Both are processes that take turns,
 
 import argparse
 import contextlib
-import json
 import math
 import os
-import pathlib
 import platform
 import statistics
 import time
 from typing import Any
 
+from launch.bench.publish import publish
 from launch.bench.train import side
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -31,13 +30,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
               "cores": len(os.sched_getaffinity(0)), "rows": [measure(length, args.steps) for length in lengths]}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "lengths.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "lengths.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "lengths", result, markdown(result))
 
 
 def measure(length: int, steps: int) -> dict[str, Any]:

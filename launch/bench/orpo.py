@@ -8,15 +8,14 @@ logits of a part of a row at a time, made again in the backward pass (`loss.chun
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
-import pathlib
 import platform
 import statistics
 import tempfile
 import time
 from typing import Any
 
+from launch.bench.publish import publish
 from launch.bench.train import TURN, side, take_turns
 
 SHAPES = (256, 512)
@@ -39,13 +38,7 @@ def run(args: argparse.Namespace) -> int:
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
               "vocab": args.vocab,
               "shapes": [measure(seq_len, args.vocab, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "orpo.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "orpo.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "orpo", result, markdown(result))
 
 
 def measure(seq_len: int, vocab: int, steps: int, cores: int) -> dict[str, Any]:

@@ -5,14 +5,14 @@ where a sweep chooses; the share of GEMM peak is that of a model alone.
 """
 
 import argparse
-import json
 import os
-import pathlib
 import platform
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from launch.bench.publish import publish
 
 WIDTHS = (16, 64, 256)
 COUNTS = (1, 2, 4, 8, 16)
@@ -35,13 +35,7 @@ def run(args: argparse.Namespace) -> int:
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "jax": jax.__version__,
               "cores": len(os.sched_getaffinity(0)), "gemm_gflops": peak, "rounds": args.steps,
               "rows": rows}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "sweep.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "sweep", result, markdown(result))
 
 
 def measure(width: int, seq_len: int, rounds: int, peak: float, corpora: Any) -> tuple[dict[str, Any], Any]:

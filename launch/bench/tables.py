@@ -4,12 +4,12 @@ The measure is that of the claim `peer_flat_cost`, with its config; each size is
 """
 
 import argparse
-import json
 import os
-import pathlib
 import platform
 import time
 from typing import Any
+
+from launch.bench.publish import publish
 
 SIDES = (128, 256, 512, 1024)
 MEASURED = {"rows": "gather, scatter, optimizer", "layer": "layer", "step": "train step", "dense": "train step, dense"}
@@ -31,13 +31,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append({"experts": side**2, **table_cost(config, rounds=args.steps)})
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "jax": jax.__version__,
               "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "steps": args.steps, "rows": rows}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result)
-    (folder / "tables.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, "tables", result, markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> str:

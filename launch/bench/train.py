@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import pathlib
 import platform
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch.bench.publish import publish
 from launch.compile_cache import VARIABLE
 
 MODELS = {"train": "launch.bench.gpt2", "rwkv4": "launch.bench.rwkv4", "min_gru": "launch.bench.min_gru_model"}
@@ -95,13 +95,7 @@ def run(args: argparse.Namespace) -> int:
     result = {"when": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "cores": cores,
               "gemm_gflops": gemm_peak(),
               "shapes": [measure(MODELS[args.what], seq_len, args.steps, cores) for seq_len in args.seq_len or SHAPES]}
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.what}.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(result, kind.TITLE)
-    (folder / f"{args.what}.md").write_text(table)
-    print(table)
-    return 0
+    return publish(args.out, args.what, result, markdown(result, kind.TITLE))
 
 
 def measure(model: str, seq_len: int, steps: int, cores: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_a_cell_that_is_told_to_stop_ends_the_grid_and_the_command_goes_on(lm_cl
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "good-s0.fails").write_text("75")
     code, lines = lm_claim("--jobs", "1")
-    assert code == 75 and "(6 cells are left)" in lines[-1] and not (tmp_path / "w" / "results.json").exists()
+    assert code == 75 and "(6 are left)" in lines[-1] and not (tmp_path / "w" / "results.json").exists()
     (tmp_path / "w" / "good-s0.fails").unlink()
     assert lm_claim()[0] == 0
 
@@ -159,7 +159,7 @@ def test_sigterm_stops_the_cells_and_the_command_goes_on_later(tmp_path):
         time.sleep(0.05)
     process.terminate()
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and out.strip().endswith("(6 cells are left).")
+    assert process.returncode == 75 and out.strip().endswith("(6 are left).")
     assert len(list((tmp_path / "w").glob("cells/*"))) == 2
 
 

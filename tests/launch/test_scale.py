@@ -36,7 +36,7 @@ def found_in(tmp_path):
 def test_a_ladder_is_trained_fitted_predicted_and_verified(lm_scale, tmp_path):
     flags = ["--param", SIZES, "--next", "128", "--tokens-per-parameter", "20"]
     code, said = lm_scale(*flags)
-    assert code == 0 and "5 runs, 5 to train" in said
+    assert code == 0 and "5 runs, 5 to run" in said
     found = found_in(tmp_path)
     for run in found["runs"]:
         values = read_json(tmp_path / "w/cells" / run["name"] / "cell.json")["values"]
@@ -53,7 +53,7 @@ def test_a_ladder_is_trained_fitted_predicted_and_verified(lm_scale, tmp_path):
     assert "| 64-tpp20-s0 |" in page and "drawn with replacement" in page and "E 1" in page
 
     code, said = lm_scale(*flags, "--verify")
-    assert code == 0 and "6 runs, 1 to train" in said
+    assert code == 0 and "6 runs, 1 to run" in said
     again = found_in(tmp_path)
     assert again["laws"] == found["laws"]  # what was predicted is never fitted
     assert again["predictions"][0]["found"] == pytest.approx([1 + 20 * params**-0.3])
@@ -62,9 +62,9 @@ def test_a_ladder_is_trained_fitted_predicted_and_verified(lm_scale, tmp_path):
 @pytest.mark.slow
 def test_a_ladder_may_get_more_sizes_and_seeds(lm_scale):
     flags = ["--param", SIZES, "--tokens-per-parameter", "20"]
-    assert "5 runs, 5 to train" in lm_scale(*flags)[1]
-    assert "5 runs, 0 to train" in lm_scale(*flags)[1]
-    assert "12 runs, 7 to train" in lm_scale("--param", f"{SIZES},128", *flags[2:], "--seeds", "0,1")[1]
+    assert "5 runs, 5 to run" in lm_scale(*flags)[1]
+    assert "5 runs, 0 to run" in lm_scale(*flags)[1]
+    assert "12 runs, 7 to run" in lm_scale("--param", f"{SIZES},128", *flags[2:], "--seeds", "0,1")[1]
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_run_that_fails_is_kept_with_its_error_and_the_others_are_fitted(lm_sc
     assert len(found["runs"]) == 4 and found["laws"][0]["numbers"]["alpha"] == pytest.approx(0.3, abs=0.02)
     (tmp_path / "w/96-tpp20-s0.fails").unlink()
     code, said = lm_scale("--param", SIZES, "--tokens-per-parameter", "20")
-    assert code == 0 and "5 runs, 1 to train" in said
+    assert code == 0 and "5 runs, 1 to run" in said
 
 
 def test_too_few_sizes_for_any_law_is_an_exit_code_and_a_reason(lm_scale, tmp_path):
@@ -110,7 +110,7 @@ def test_a_ladder_can_stand_in_the_experiment_file(lm_scale, tmp_path):
     code, said = lm_scale(config=str(file))
     assert "3 runs" in said and "64x2-tpp20-s0" in said and code == 0
     assert "refused" in found_in(tmp_path)["laws"][0] and found_in(tmp_path)["predictions"][0]["size"] == "96x2"
-    assert "6 runs, 3 to train" in lm_scale("--seeds", "0,1", config=str(file))[1]
+    assert "6 runs, 3 to run" in lm_scale("--seeds", "0,1", config=str(file))[1]
     code, said = lm_scale("--config.optimizer.learning_rate=0.5", config=str(file))
     assert code == 2 and "holds a ladder of another config: 16x2-tpp20-s0" in said
 
