@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from lm.core.batch import TaughtBatch
 from lm.core.fields import option
 from lm.core.types import Array, Head, TokenScores
-from lm.losses.cross_entropy import over_chunks, scores_of
+from lm.losses.chunks import over_chunks
+from lm.losses.cross_entropy import scores_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from lm.core.batch import batch_spec
 from lm.core.sharding import make_mesh
 from lm.core.types import Head
-from lm.losses import cross_entropy
+from lm.losses import chunks
 from lm.losses.cross_entropy import next_token, token_scores, z_loss
 
 B, T, D, V, REAL = 4, 12, 6, 16, 11
@@ -75,14 +75,32 @@ def test_gradients_do_not_depend_on_chunks(chunk):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
 
 
-def test_chunks_on_a_mesh_equal_one_device():
+@pytest.mark.parametrize("sizes", [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2},
+                                   {"data": 8}, {"tensor": 8}], ids=str)  # 8 do not divide the rows
+def test_chunks_on_a_mesh_equal_one_device(sizes):
     """Each device cuts its own stretch of time: rows over data, time over context, the vocabulary over tensor."""
     hidden, head, targets = make()
     alone = jax.jit(gradient(T))(hidden, head.kernel, targets)
-    with jax.set_mesh(make_mesh({"data": 2, "context": 2, "tensor": 2})):
+    with jax.set_mesh(make_mesh(sizes)):
         split = jax.jit(gradient(4))(hidden, head.kernel, targets)
     for a, b in zip(alone, split, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def test_devices_talk_of_the_head_once_whatever_the_chunks():
+    """Where the head is split over `fsdp`, no collective stands in a loop over chunks."""
+    hidden, head, targets = make()
+    mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
+    place = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+    shardings = (place(("data", "fsdp"), "context"), place(None, "fsdp"), place(("data", "fsdp"), "context"))
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient(2), in_shardings=shardings, out_shardings=shardings[:2]).lower(
+            hidden, head.kernel, targets).compile().as_text()
+    computations = dict(re.findall(r"^%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    loops = re.findall(r" while\(.*body=%?([\w.-]+)", text)
+    collective = re.compile(r" (?:all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)")
+    assert loops and collective.search(text)
+    assert not [name for name in loops if collective.search(computations[name])]
 
 
 def test_out_of_range_scores_are_finite():
@@ -107,10 +125,10 @@ def test_chunked_loss_never_holds_all_logits(monkeypatch):
     assert largest_array(rows, length, vocab, length) >= logits  # the measure sees them where they are
     assert largest_array(rows, length, vocab, 8) <= logits // 8
     # The default holds all where they are few enough, and else chunks of as many as may exist at a time.
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", logits // 16)
-    monkeypatch.setattr(cross_entropy, "HELD_ELEMENTS", logits)
+    monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", logits // 16)
+    monkeypatch.setattr(chunks, "HELD_ELEMENTS", logits)
     assert largest_array(rows, length, vocab, None) == logits
-    monkeypatch.setattr(cross_entropy, "HELD_ELEMENTS", logits - 1)
+    monkeypatch.setattr(chunks, "HELD_ELEMENTS", logits - 1)
     assert largest_array(rows, length, vocab, None) <= logits // 16
 
 
