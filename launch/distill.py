@@ -112,7 +112,7 @@ def most_probable(apply: Any, params: Any, batch: Any, k: int, temperature: floa
 
     from lm.core.batch import Batch
     from lm.core.sharding import constrain
-    from lm.losses.cross_entropy import over_chunks
+    from lm.losses.chunks import over_chunks
     from lm.losses.distillation import named_logp
     from lm.tasks.language_modeling import forward
     batch = Batch(*(constrain(field, "batch", "length") for field in batch))

@@ -17,7 +17,7 @@ from launch.bench.side import serve
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
 from lm.core.tree import num_params
-from lm.losses.cross_entropy import CHUNK_ELEMENTS
+from lm.losses.chunks import CHUNK_ELEMENTS
 from lm.models.build import abstract_params, build_model, make_apply
 from lm.optim.builder import build_optimizer
 from lm.optim.options import OptimizerOptions
@@ -43,7 +43,7 @@ def rows(seq_len: int, vocab: int) -> Batch:
 
 def chunk(vocab: int) -> int:
     """Positions of a row whose logits exist at a time where those of all are too many to be held."""
-    return max(1, CHUNK_ELEMENTS // (PAIRS * vocab))
+    return max(1, CHUNK_ELEMENTS["cpu"] // (PAIRS * vocab))
 
 
 def build():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.core.sharding import constrain
 from lm.core.types import Array, Key
 from lm.layers.block_sliding import Columns, Keys, chunking, in_chunks, padded, weighted
 from lm.layers.segments import Places
@@ -104,11 +105,18 @@ def over_chunks(memory: Memory, flow: Memory, found: Ends, keys: tuple[Keys, ...
         after = update(memory, flow, at, keys, steps, block, folded)
         return after, (memory, after)
 
-    chunks = (jnp.arange(count), flow, found, keys)
+    chunks = (jnp.arange(count), *jax.tree.map(_whole_chunks, (flow, found, keys)))
     if count > 1:
         return jax.lax.scan(one, memory, chunks)[1]
     first = jax.tree.map(lambda x: x[0], chunks)
     return jax.tree.map(lambda x: x[None], one(memory, first)[1])
+
+
+def _whole_chunks(x: Array) -> Array:
+    """`x` [N, B, ...] with its chunks whole on every device, which takes one of them a step: the partitioner may split
+    them, and gather them all for every step."""
+    heads = ("kv_heads", "head_dim") if x.ndim == 5 else ()
+    return constrain(x, None, "batch", *[None] * (x.ndim - 2 - len(heads)), *heads)
 
 
 def columns(where: Places, found: Ends, flow: Memory, learned: Array, before: Memory, after: Memory,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lm.adapters.lora import init_lora, merge
+from lm.core.head import logits_of
 from lm.core.tree import named_leaves
-from lm.losses.cross_entropy import logits_of
 from lm.models.build import build_model, init_params, make_apply, resolve_model
 from lm.models.decoder import positions_after
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.core.head import logits_of
 from lm.core.recurrences import with_recurrences
-from lm.losses.cross_entropy import logits_of
 from lm.models.build import build_model, init_params, make_apply, resolve_model
 from lm.models.depth_draws import draw_iterations, random_state
 from lm.models.recurrent_depth import ITERATIONS, STATE, STEPS
