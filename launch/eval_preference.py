@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAME = "preference"
-FLAGS = ("against", "judge", "responses", "response_tokens")
+FLAGS = ("against", "judge", "responses", "response_tokens", "on_nonfinite")
 _ROWS = (("pairs", "pairs", ".0f"), ("accuracy", "accuracy", ".1%"), ("  interval of 95%, from", "accuracy_low", ".1%"),
          ("  to", "accuracy_high", ".1%"), ("length baseline", "length_baseline", ".1%"),
          ("by mean log-probability", "logp_accuracy", ".1%"), ("chosen, nats a token", "chosen_logp", ".3f"),
@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                         "against it, and it answers the same prompts (default: the "
                                                         "run without its adapters, or else train.init_from; the "
                                                         "chosen responses of the data are then the others)")
+    group.add_argument("--on-nonfinite", choices=("skip", "refuse"),
+                       help="pairs whose log-probabilities are not finite: skip names and counts them, they are wrong "
+                            "in the accuracy and in no mean (default); refuse is an error that names them")
     group.add_argument("--judge", metavar="JUDGE", help="judge of responses: logprob:RUN, or module:function of "
                                                         "(prompt, response), texts, that returns a number")
     group.add_argument("--responses", type=int, metavar="N", help="prompts that are answered for it (default: 64)")
@@ -91,7 +94,8 @@ def measure(run: Any, args: argparse.Namespace) -> dict[str, float]:
     with jax.set_mesh(run.mesh):
         if other is not None:
             params = {**params, REFERENCE: other}
-        metrics = dict(Preference(sets, Orpo() if objective is None else objective.loss)(run.apply, params))
+        metrics = dict(Preference(sets, Orpo() if objective is None else objective.loss,
+                                  on_nonfinite=args.on_nonfinite or "skip")(run.apply, params))
         if args.judge is not None:
             for name, given in sets.items():
                 metrics |= judged(run, name, given, other if args.against else None, args)

@@ -1,11 +1,12 @@
 """What a config that learns from preferences needs: its reference model, and a loss that fits the data."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launch import adapters
 
+MESSAGES = 20  # steps whose pairs are named one by one; later ones are counted
 CACHE = "reference.npy"  # in the workdir: log-probabilities of the reference model, see `lm.tasks.reference_cache`
 
 
@@ -123,7 +124,29 @@ def attach(prepared: Any, workdir: str) -> None:
     from lm.tasks.reference_cache import read
     objective = objective_of(prepared.config)
     if objective is not None and objective.reference == "cached" and prepared.train_set.reader.reference is None:
-        prepared.train_set.reader.reference = read(epath.Path(workdir) / CACHE, prepared.train_set)
+        prepared.train_set.reader.reference = read(epath.Path(workdir) / CACHE, prepared.train_set,
+                                                   on_nonfinite=prepared.options.on_nonfinite)
+
+
+def telling(train_set: Any, on_nonfinite: str) -> Callable[[int, Sequence[tuple[int, int]]], None]:
+    """Told of a step and the (row, group) of its batch whose log-probabilities are not finite, it names their lines, of
+    the first MESSAGES such steps; then it counts."""
+    from lm.data.preference.places import first_of
+    place = getattr(train_set, "place", lambda step, row, group: f"row {row}, pair {group}")
+    steps = pairs = 0
+
+    def tell(step: int, marked: Sequence[tuple[int, int]]) -> None:
+        nonlocal steps, pairs
+        steps, pairs = steps + 1, pairs + len(marked)
+        so_far = f"; {pairs} in {steps} steps so far" if steps > 1 else ""
+        if steps > MESSAGES:
+            if steps & (steps - 1) == 0:  # every power of two
+                logging.warning("pairs with log-probabilities that are not finite, up to step %d%s", step, so_far)
+            return
+        logging.warning("step %d: %d of the pairs have log-probabilities that are not finite%s: %s%s", step,
+                        len(marked), ", and are left out" if on_nonfinite == "skip" else "",
+                        first_of([place(step - 1, *where) for where in marked]), so_far)
+    return tell
 
 
 def reporting(train_set: Any) -> Callable[[int, int, int], Any]:

@@ -92,7 +92,7 @@ class Prepared:
         from launch import adapters
         from launch import config as configs
         from launch.evaluation import Evaluation
-        from launch.preference import reporting
+        from launch.preference import reporting, telling
         from launch.recipe import objective_of
         from lm.data.loader import iterate
         from lm.models.build import make_apply
@@ -115,7 +115,8 @@ class Prepared:
             # Frozen kernels need no gradient of their own: forward, and backward through the inputs.
             passes=self.model.passes(self.options.seq_len, 1.0 if adapters.used(self.options) else 2.0),
             bytes_per_token=bytes_per_token,
-            baselines=evaluation.baselines, mask=self.mask(), base=lambda: self.began.get("base"))
+            baselines=evaluation.baselines, mask=self.mask(), base=lambda: self.began.get("base"),
+            unscored=telling(self.train_set, self.options.on_nonfinite))
 
     def mask(self) -> Any:
         """What the train step does to the weights of a batch, None for nothing."""

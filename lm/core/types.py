@@ -19,6 +19,7 @@ Aux = Mapping[str, Any]
 Carry = PyTree  # what outlives a train step without being a parameter
 Key = Array
 Metrics = Mapping[str, Any]  # name to Mean; "tally", where it is, to the `aux["tally"]` of all forward passes added up
+UNSCORED = "unscored"  # in metrics: bool [B, G], groups of a row whose scores are not finite, see `lm.train.unscored`
 
 
 class Context(NamedTuple):

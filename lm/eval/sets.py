@@ -18,16 +18,19 @@ KINDS = {".txt": "text", ".txt.gz": "text", ".jsonl": "jsonl", ".jsonl.gz": "jso
 
 class EvalSet(NamedTuple):
     """batches: called at each evaluation, gives the same finite list. token_bytes: [vocab] UTF-8 bytes that each target
-    stands for, or None where bits per byte is not wanted."""
+    stands for, or None where bits per byte is not wanted. places: of a set of pairs, names the groups of the row of
+    that number, counted over all batches and processes."""
 
     batches: Callable[[], Iterable[Batch]]
     token_bytes: np.ndarray | None = None
+    places: Callable[[int], list[str]] | None = None
 
 
 def set_of(dataset: TokenDataset, batches: int | None = None, *, process_index: int = 0,
            process_count: int = 1) -> EvalSet:
     """Every row of a split once, or its first `batches` batches; of each batch the rows of this process."""
-    return EvalSet(lambda: dataset.eval_batches(batches, process_index, process_count), dataset.token_bytes)
+    return EvalSet(lambda: dataset.eval_batches(batches, process_index, process_count), dataset.token_bytes,
+                   getattr(dataset, "row_places", None))
 
 
 def kind_of(path: str) -> str:

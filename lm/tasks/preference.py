@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.batch import Batch
-from lm.core.types import Apply, Array, Carry, Key, Mean, Metrics, Params
+from lm.core.sharding import constrain
+from lm.core.types import UNSCORED, Apply, Array, Carry, Key, Mean, Metrics, Params
 from lm.losses.base import Term, Weight
 from lm.losses.cross_entropy import token_scores
 from lm.losses.preference.base import PreferenceLoss
@@ -25,6 +26,7 @@ from lm.losses.preference.reference import (
     without_adapters,
 )
 from lm.losses.preference.responses import CHOSEN, groups_of, sums, supervised
+from lm.losses.preference.unscored import unscored, without
 from lm.losses.routing import Reported
 from lm.tasks.language_modeling import forward
 
@@ -107,7 +109,7 @@ class PreferenceObjective:
 
     def __call__(self, apply: Apply, params: Params, carry: Carry, batch: Batch,
                  key: Key | None) -> tuple[Mapping[str, Mean], Carry, Metrics]:
-        """(means of the terms, carry, metrics of `measures` and what layers counted)."""
+        """(means of the terms, carry, metrics of `measures`, what layers counted, and which groups are UNSCORED)."""
         reference = self.reference_logp(apply, params, carry, batch)
         out = forward(apply, params, batch, key)
         scores = token_scores(out.hidden, out.head, batch.targets, chunk=self.chunk)
@@ -120,7 +122,14 @@ class PreferenceObjective:
             means[name] = (term.loss.mean(out.aux, batch) if isinstance(term.loss, Reported)
                            else Mean.of(term.loss(scores, batch), taught))
         tally = {"tally": out.aux["tally"]} if "tally" in out.aux else {}
-        return means, carry, {**measures(self.loss, groups), **tally}
+        teaches = len(means) > 1
+        marked = unscored(groups, *((taught, scores.logp, batch.segment_ids) if teaches else ()))
+        # Each process tells of its own rows.
+        return means, carry, {**measures(self.loss, groups), **tally, UNSCORED: constrain(marked, "batch", None)}
+
+    def without(self, batch: Batch, marked: Array) -> Batch:
+        """The batch without the groups that are marked, [B, G]."""
+        return without(batch, marked)
 
 
 def _scaled(weight: Weight, factor: float) -> Weight:

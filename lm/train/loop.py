@@ -32,6 +32,7 @@ from lm.train.signals import Preemption
 from lm.train.state import Recipe, TrainState
 from lm.train.step import make_train_step
 from lm.train.stragglers import Stragglers
+from lm.train.unscored import Tell, Unscored
 from lm.train.watchdog import Watchdog
 from lm.train.writers import MetricsWriter, read_rows
 
@@ -55,6 +56,7 @@ class Experiment:
     bytes_per_token: mean UTF-8 bytes of a target, None where unknown.
     baselines: name to bits per byte, drawn beside the curve.
     base: what `lm.train.base` notes of the run that a fresh state's frozen parameters are read from; None saves all.
+    unscored: told of each step's groups of rows whose scores are not finite, see `lm.train.unscored`.
     mask: takes targets out of a training batch, see `lm.train.step.make_train_step`.
     """
 
@@ -71,6 +73,7 @@ class Experiment:
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     base: Callable[[], Mapping[str, Any] | None] = lambda: None
     mask: Callable[[Batch, Any], Batch] | None = None
+    unscored: Tell | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
 
         code, metrics, evaluated = DONE, {}, {}
         skipped, stragglers = None if begin else 0.0, Stragglers()
+        unscored = Unscored(experiment.unscored)
         with (MetricsWriter(workdir, log, process_index=jax.process_index(), start_step=begin) as writer,
               Progress(options.steps, begin, log.every, quiet=not first_process) as progress,
               Profiler(profile, workdir, total_steps=options.steps) as profiler,
@@ -147,12 +151,14 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                 assert at == step - 1, f"the data gave batch {at} for step {step}"
                 with profiler.step(step):
                     state, metrics = step_fn(state, batch)
+                unscored.took(step, metrics)
                 meter.stepped(metrics)
                 profiler.at(step, metrics)
                 in_flight.append((step, metrics["train/loss"]))
                 if len(in_flight) > IN_FLIGHT:
                     finished, value = in_flight.popleft()
                     jax.block_until_ready(value)
+                    unscored.finished(finished)
                     watchdog.finished(finished)
 
                 # --- Log.
@@ -162,6 +168,7 @@ def train(experiment: Experiment, workdir: epath.PathLike, mesh: Mesh, *, option
                 last = step == options.steps
                 if any(due.values()) or last or stopping:
                     row = scalars(metrics, experiment.bytes_per_token)
+                    unscored.finished(step)
                     ending = nonfinite(row, options)
                     if ending and options.after_max_skips == "rollback" and row["train/bad_step"] < 0:
                         if last or any(due.values()):  # a run that is not told to stop here comes to the same

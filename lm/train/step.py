@@ -16,13 +16,14 @@ from lm.core.sharding import constrain
 from lm.core.tables import SINKS
 from lm.core.tally import by_layer, settle
 from lm.core.tree import STATS, named_leaves
-from lm.core.types import Apply, Array, Carry, Key, Mean, Objective, Params
+from lm.core.types import UNSCORED, Apply, Array, Carry, Key, Mean, Objective, Params
 from lm.losses.base import weight_at
 from lm.optim.builder import Optimizer
 from lm.optim.ema import ema_update
 from lm.optim.trainable import restore, select
 from lm.train.guard import is_spike, noted
 from lm.train.state import TrainState
+from lm.train.unscored import COUNT, leaving_out
 
 
 def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *, microbatches: int = 1,
@@ -33,9 +34,12 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
 
     A step whose loss or gradient is not finite changes nothing but `bad_step` (or, with skip_nonfinite, the count of
     skips and the step). With spike_sigma, neither does one that the state's guard takes for a spike (`lm.train.guard`):
-    it counts as skipped. Metrics are scalars, keyed `train/...`. What layers counted (`metrics["tally"]`) is settled
-    once, from the whole batch: running statistics move on with the parameters, and there are metrics of each layer,
-    `train/layer_<depth>/...`. mask: called with the whole batch and the step (int32, from 0), changes its weights.
+    it counts as skipped. Groups of rows whose scores are not finite (`lm.train.unscored`) make a step such a one; with
+    skip_nonfinite, where others remain, they are left out of loss and gradient as if the batch did not hold them.
+    Metrics are scalars, keyed `train/...`, but for the marks of such groups, [B, G], under UNSCORED. What layers
+    counted (`metrics["tally"]`) is settled once, from the whole batch: running statistics move on with the parameters,
+    and there are metrics of each layer, `train/layer_<depth>/...`. mask: called with the whole batch and the step
+    (int32, from 0), changes its weights.
 
     Raises ValueError for terms that do not add up over microbatches, unless per_microbatch.
     """
@@ -61,21 +65,30 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
         batch = batch if mask is None else mask(batch, state.step)
-        counts = objective.counts(batch)
         sinks, by = {}, optimizer.trainable_mask
         if tables is not None:
             sinks, by = tables.open(state.params, by, batch.tokens.shape, microbatches)
         trainable = select(state.params, by)
-        loss, (grads, into_sinks), (means, carry, metrics) = accumulate(
-            lambda carry, part, key: gradient(trainable, sinks, state.params, by, carry, part, counts, state.step, key),
-            state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
+
+        def run(batch: Batch) -> Any:
+            counts = objective.counts(batch)
+            return accumulate(
+                lambda carry, part, key: gradient(trainable, sinks, state.params, by, carry, part, counts, state.step,
+                                                  key),
+                state.carry, batch, step_key, microbatches, carry_per_row=objective.carry_per_row)
+
+        leave_out = skip_nonfinite and hasattr(objective, "without")
+        found, marked = leaving_out(run, objective.without, batch, state.carry) if leave_out else (run(batch), None)
+        loss, (grads, into_sinks), (means, carry, metrics) = found
+        unscored = metrics.get(UNSCORED)
+        marked = unscored if marked is None else marked
 
         tally = metrics.get("tally", {})
         # Under adapters the model itself stays as it is, and so do its statistics. A memory's start is no part of it.
         own = named_leaves({"params": optimizer.trainable_mask["params"]})
         learns = bool(tally) and any(on for name, on in own.items() if not name.startswith("memory/"))
         stats, counted = settle(state.params.get(STATS, {}), tally) if tally else ({}, {})
-        metrics = {name: mean for name, mean in metrics.items() if name != "tally"}
+        metrics = {name: mean for name, mean in metrics.items() if name not in ("tally", UNSCORED)}
         before, opt_before = state.params, state.opt_state
         if tables is None:
             grad_norm = optax.tree.norm(grads)
@@ -88,6 +101,8 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             grads = jax.tree.map(lambda g: g * scale, grads)
             before, opt_before = tables.without(before), opt_before._replace(tables=None)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if unscored is not None:  # a loss may be finite all the same: that of a rejected response that cannot be
+            finite &= ~unscored.any()
         guard, spike, taken = state.guard, False, finite
         if guard is not None:
             values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
@@ -132,6 +147,7 @@ def make_train_step(apply: Apply, objective: Objective, optimizer: Optimizer, *,
             **{f"train/{name}": mean.value for name, mean in {**means, **metrics}.items()},
             **{f"train/{name}": value
                for name, value in by_layer(counted, named_leaves(state.params)).items()},
+            **({} if marked is None else {COUNT: jnp.sum(marked, dtype=jnp.float32), UNSCORED: marked}),
         }
         return after, report
 
@@ -142,7 +158,8 @@ def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch
                carry_per_row: bool = False
                ) -> tuple[Array, Params, tuple[Mapping[str, Mean], Carry, Mapping[str, Mean]]]:
     """(loss, (gradient, sinks), (means, carry, metrics)) of a batch, in one piece or summed over microbatches in order;
-    what came out of sinks is not summed, but stacked on a leading axis of microbatches.
+    what came out of sinks is not summed, but stacked on a leading axis of microbatches, and metrics[UNSCORED] has the
+    rows of the batch.
 
     Microbatch m takes rows m, m + M, m + 2M, ...: each device gives the same share of its own rows to every one.
     carry_per_row: every leaf of the carry is [M, ...], and microbatch m has the m-th; else they hand on one carry.
@@ -159,8 +176,11 @@ def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch
 
     parts = jax.tree.map(cut, batch)
     shared, own = (None, carry) if carry_per_row else (carry, None)
+    rows_apart = lambda metrics: ({name: value for name, value in metrics.items() if name != UNSCORED},
+                                  {name: value for name, value in metrics.items() if name == UNSCORED})
     shapes = jax.eval_shape(gradient, first(own) if carry_per_row else shared, first(parts), key)
     (loss, (means, _, metrics)), (grads, _) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    metrics, _ = rows_apart(metrics)
 
     def body(sums, inputs):
         loss, grads, means, metrics, shared = sums
@@ -168,10 +188,13 @@ def accumulate(gradient: Callable[[Carry, Batch, Key], Any], carry: Carry, batch
         given = own if carry_per_row else shared
         (l, (m, after, r)), (g, sinks) = gradient(given, part, jax.random.fold_in(key, index))
         shared, own = (None, after) if carry_per_row else (after, None)
-        return (loss + l, *jax.tree.map(jnp.add, (grads, means, metrics), (g, m, r)), shared), (own, sinks)
+        r, rows = rows_apart(r)
+        return (loss + l, *jax.tree.map(jnp.add, (grads, means, metrics), (g, m, r)), shared), (own, sinks, rows)
 
-    (loss, grads, means, metrics, shared), (own, sinks) = jax.lax.scan(
+    (loss, grads, means, metrics, shared), (own, sinks, rows) = jax.lax.scan(
         body, (loss, grads, means, metrics, shared), (jnp.arange(microbatches), parts, own))
+    rows = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), rows)
+    metrics = {**metrics, **rows}
     return loss, (grads, sinks), (means, own if carry_per_row else shared, metrics)
 
 

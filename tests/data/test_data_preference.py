@@ -158,6 +158,9 @@ def test_batches_are_a_function_of_step_and_shared_among_hosts(prepared):
     steps = iterate(dataset, 5)
     np.testing.assert_array_equal(next(steps)[1].tokens, whole.tokens)
     steps.close()
+    for row in range(4):
+        for group, pair in documents(type(whole)(*(field[row:row + 1] for field in whole))).items():
+            assert dataset.place(5, row, group[1]).endswith(f"pairs.jsonl:{int(pair[0][0][1:3]) + 1}")
     numbers = {int(place.rsplit(":", 1)[1]) for place in dataset.places(5)}
     assert numbers == {int(p[0][0][1:3]) + 1 for p in documents(whole).values()}
 

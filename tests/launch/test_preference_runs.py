@@ -1,7 +1,9 @@
 """Learning from preferences from the command line: prepared pairs, references of each kind, evaluation and judges."""
 
 import json
+import logging
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,6 +105,54 @@ def test_adapters_alone_learn_and_the_model_without_them_is_the_reference(folder
                      f"logprob:{folder / 'base'}", "--responses", "8", "--set", f"again={folder / 'pairs'}"]) == 0
     said = capsys.readouterr().out
     assert "win rate by length alone" in said and "length baseline" in said and "again" in said
+
+
+@pytest.fixture
+def tilde_is_not_finite(monkeypatch):
+    """Models whose hidden states are not numbers where they read '~'."""
+    from lm.models import build
+    made = build.make_apply
+
+    def make_apply(model):
+        apply = made(model)
+
+        def broken(params, tokens, *args, **kwargs):
+            out = apply(params, tokens, *args, **kwargs)
+            return out._replace(hidden=jnp.where(tokens[..., None] == ord("~"), jnp.nan, out.hidden))
+        return broken
+    monkeypatch.setattr(build, "make_apply", make_apply)
+    monkeypatch.setattr("launch.restore.make_apply", make_apply, raising=False)
+
+
+def test_a_line_that_is_not_finite_ends_a_run_or_is_left_out(tmp_path, tilde_is_not_finite, caplog, capsys):
+    """Named either way. Every step has all eight pairs, each on a device of its own."""
+    records = [dict(prompt=f"{i}?", chosen="yes~" if i == 5 else "yes", rejected="no") for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert cli.main(["data", "prepare", "--kind", "preference", "--source", "jsonl", "--path",
+                     str(tmp_path / "pairs.jsonl"), "--tokenizer", '{"kind": "bytes", "eos_id": 256}', "--template",
+                     "text", "--out", str(tmp_path / "pairs")]) == 0
+    line = f"{tmp_path / 'pairs.jsonl'}:6"
+    data = dict(source="pairs", path=str(tmp_path / "pairs"), packing="single", validation_fraction=0.0)
+    short = dict(steps=2)
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path, "stops", dict(orpo=1.0), data=data, **short) == 76
+    assert f"step 1: 1 of the pairs have log-probabilities that are not finite: {line}\n" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path, "skips", dict(orpo=1.0), data=data, on_nonfinite="skip", **short) == 0
+    assert f"and are left out: {line}" in caplog.text
+    found = [json.loads(line) for line in (tmp_path / "skips" / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in found if "train/loss" in row]
+    assert [row["train/nonfinite_pairs"] for row in train] == [1, 1] and train[1]["train/loss"] < train[0]["train/loss"]
+    assert [row["train/pairs"] for row in train] == [7, 7] and train[1]["train/skipped"] == 0
+    command = ["eval", "--workdir", str(tmp_path / "skips"), "--task", "preference", "--set",
+               f"again={tmp_path / 'pairs'}"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(command) == 0
+    assert f"not finite: {line}" in caplog.text and "pairs that are not finite" in capsys.readouterr().out
+    assert cli.main([*command, "--on-nonfinite", "refuse"]) == 2
+    assert f"again: 1 of the pairs have log-probabilities that are not finite: {line}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from preference_rows import VOCAB, draw_pairs, rows_of, table_apply, table_logp,
 
 from lm.core.batch import Batch
 from lm.core.sharding import make_mesh
+from lm.core.types import UNSCORED
 from lm.losses.preference.responses import groups_of, sums, supervised
 from lm.models.build import build_model, init_params, make_apply
 from lm.optim.builder import build_optimizer
@@ -36,7 +37,8 @@ def loss_and_gradient(objective, params, batch, carry=(), apply=table_apply):
     """(what a train step minimises, its gradient, metrics)."""
     def total(params):
         means, _, metrics = objective(apply, params, carry, batch, None)
-        return sum(objective.weights[n] * m.value for n, m in means.items()), {**means, **metrics}
+        values = {name: value for name, value in metrics.items() if name != UNSCORED}
+        return sum(objective.weights[n] * m.value for n, m in means.items()), {**means, **values}
     (value, found), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
     return value, grads, {name: mean.value for name, mean in found.items()}
 

@@ -19,13 +19,12 @@ from lm.data.hashing import digest, fold
 from lm.data.options import PAIRS, DataOptions
 from lm.data.packing import FirstFit, RowOrder, Single
 from lm.data.preference.groups import KINDS, Groups, fit, group
+from lm.data.preference.places import first_of
 from lm.data.preference.prepare import PAIRS_FILE, PLACES_FILE
 from lm.data.prepared import read_manifest
 from lm.data.rows import empty_batch
 
 log = logging.getLogger(__name__)
-
-SHOWN = 5  # places that a warning names
 
 
 class PairReader:
@@ -63,6 +62,10 @@ class PairReader:
     def in_row(self, row: int) -> np.ndarray:
         """Numbers of the groups of a row of the plan."""
         return self.plan.pieces(0, row).document
+
+    def inside(self, row: int) -> np.ndarray:
+        """[T]: the number within a row of the plan of the group at each position, -1 for padding."""
+        return (self.read([row]).segment_ids[0] - 1) // KINDS
 
     def _stream(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, whether each counts) of a document; the first is nobody's target."""
@@ -139,14 +142,18 @@ class PairDataset(StepBatches):
                              f"{self.seq_len} tokens; raise train.seq_len, or set data.too_long='cut' or 'skip'")
         for what, where in (("lost the start of their prompt", cut), ("do not fit and are left out", self.left_out)):
             if where:
-                log.warning("%s: %d of the pairs %s in rows of %d tokens: %s%s", self.split, len(where), what,
-                            self.seq_len, ", ".join(where[:SHOWN]), " and others" if len(where) > SHOWN else "")
+                log.warning("%s: %d of the pairs %s in rows of %d tokens: %s", self.split, len(where), what,
+                            self.seq_len, first_of(where))
 
     def places(self, step: int) -> list[str]:
         """File and line of everything in batch `step`."""
         first = step * self.batch_size
         rows = (self.reader.order(number)[1] for number in range(first, first + self.batch_size))
         return [self._places[self.reader.groups.record[number]] for row in rows for number in self.reader.in_row(row)]
+
+    def place(self, step: int, row: int, group: int) -> str:
+        """File and line of a group of a row of batch `step`, counted over all processes."""
+        return self.row_places(self.reader.order(step * self.batch_size + row)[1])[group]
 
     def row_places(self, row: int) -> list[str]:
         """File and line of everything in a row of the plan."""

@@ -28,8 +28,6 @@ def measures(loss: PreferenceLoss, groups: Groups) -> dict[str, Any]:
         "chosen_length": Mean.of(chosen.length, chosen.present),
         "rejected_length": Mean.of(rejected.length, rejected.present),
         "pairs": Mean(jnp.sum(paired, dtype=jnp.float32), jnp.ones((), jnp.float32)),
-        "nonfinite_responses": Mean.of(~jnp.isfinite(jnp.stack([chosen.logp, rejected.logp])),
-                                       jnp.stack([chosen.present, rejected.present])),
     }
     if chosen.reference is not None:
         both = [jnp.stack(pair) for pair in zip(chosen[:3], rejected[:3], strict=True)]
