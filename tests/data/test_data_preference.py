@@ -264,6 +264,21 @@ def test_a_step_that_went_wrong_names_the_lines_of_its_pairs(prepared, caplog):
     assert all(place in caplog.text for place in dataset.places(2)) and dataset.places(2)
 
 
+def test_a_cached_reference_that_is_not_finite_names_its_lines_when_it_is_read(prepared, tmp_path, caplog):
+    from lm.tasks.reference_cache import read
+    data, _, _ = prepared(numbered(8))
+    dataset = build_dataset(data, batch_size=1, seq_len=64)
+    table, row = np.zeros((dataset.num_rows_per_epoch, 64), np.float32), dataset.num_rows_per_epoch - 1
+    table[row, np.flatnonzero(dataset.reader.read([row]).segment_ids[0] == 5)[0]] = -np.inf
+    np.save(tmp_path / "reference.npy", table)
+    line = dataset.row_places(row)[1]
+    with pytest.raises(ValueError, match=f"1 of the pairs .*not finite: {line};"):
+        read(tmp_path / "reference.npy", dataset)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(read(tmp_path / "reference.npy", dataset, on_nonfinite="skip"), table)
+    assert f"{line}; they are left out" in caplog.text
+
+
 def test_pairs_that_the_reference_cannot_score_are_left_out_whole(prepared):
     data, _, _ = prepared(numbered(8))
     dataset = build_dataset(data, batch_size=1, seq_len=64)

@@ -19,11 +19,10 @@ def unscored(groups: Groups, taught: Array | None = None, logp: Array | None = N
     """[B, G] bool: groups of which a response that is there has a log-probability that is not finite, under the model
     or under the reference. taught, logp, segment_ids: [B, T], where given a position that teaches by itself counts."""
     found = jnp.zeros(groups.paired.shape, bool)
-    for side in groups:
-        finite = jnp.isfinite(side.logp)
+    for side in groups:  # of one that is not there the sums are 0
+        found |= ~jnp.isfinite(side.logp)
         if side.reference is not None:
-            finite &= jnp.isfinite(side.reference)
-        found |= side.present & ~finite
+            found |= ~jnp.isfinite(side.reference)
     if taught is not None:
         found |= (sums(((taught > 0) & ~jnp.isfinite(logp)).astype(jnp.float32), segment_ids) > 0).any(-1)
     return found
