@@ -18,7 +18,7 @@ class TrainOptions:
     microbatches: int = option(1, "a batch is run in this many pieces, with the exact gradient of the whole")
     seed: int = option(0, "of parameters, dropout and the order of the data")
     on_nonfinite: Literal["stop", "skip"] = option("stop", "at a NaN or infinite loss or gradient: stop with exit "
-                                                   "code 76, or skip the update and go on; of pairs of responses only those "
+                                                   "code 76, or skip the update and go on; of pairs only those "
                                                    "that are not finite are skipped")
     spike_sigma: float | None = option(None, "leave out an update whose loss or gradient norm is above the mean of the "
                                              "last spike_window by so many standard deviations; None takes all")
