@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="shell line before the run, such as 'module load cuda' (not for local)")
     parser.add_argument("--sweep-worker", action="store_true",
                         help="start a worker of the sweep in --workdir, in place of a training")
+    parser.add_argument("--vmap", type=int, metavar="N", help="of --sweep-worker: as of lm sweep worker")
     for flag, (hint, words) in flags().items():
         kinds = [arm for arm in (typing.get_args(hint) or (hint,)) if arm is not types.NoneType]
         if typing.get_origin(hint) is tuple:
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace) -> int:
     workdir = absolute(args.workdir)
     words = sweep_words(args, workdir) if args.sweep_worker else train_words(args.config, workdir, args.overrides)
     if not args.sweep_worker:
+        if args.vmap is not None:
+            raise ValueError("--vmap is for --sweep-worker: a training is one run")
         configs.from_args(args)  # a config that does not resolve must not wait in a queue to say so
     if args.place == "local" and args.setup:
         raise ValueError("--setup is for machines that are set up by the job; local runs use the environment of this "
@@ -102,7 +105,9 @@ def sweep_words(args: argparse.Namespace, workdir: str) -> tuple[str, ...]:
         raise ValueError("a worker is one process, which starts a training a GPU of its machine; for more machines "
                          "use --array, such as --array 0-15")
     read(pathlib.Path(workdir))
-    return ("sweep", "worker", "--workdir", workdir)
+    if args.vmap is not None and args.vmap < 1:
+        raise ValueError(f"--vmap={args.vmap} must be at least 1")
+    return ("sweep", "worker", "--workdir", workdir, *(() if args.vmap is None else ("--vmap", str(args.vmap))))
 
 
 def given_options(place: str, given: Mapping[str, Any]) -> Any:

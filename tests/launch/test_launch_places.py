@@ -79,6 +79,10 @@ def test_workers_of_a_sweep_are_started_where_its_folder_is(tmp_path, capsys):
     assert cli.main(["launch", "slurm", *flags, "--array=0-3", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert f"launch.cli sweep worker --workdir {tmp_path}" in out and "#SBATCH --array=0-3" in out
+    assert "--vmap" not in out and cli.main(["launch", "slurm", *flags, "--vmap=8", "--dry-run"]) == 0
+    assert f"launch.cli sweep worker --workdir {tmp_path} --vmap 8" in capsys.readouterr().out
+    for bad in ([*flags, "--vmap=0"], ["--vmap=8", *CONFIG, "--workdir", str(tmp_path / "x")]):
+        assert cli.main(["launch", "slurm", *bad, "--dry-run"]) == 2 and "--vmap" in capsys.readouterr().err
     assert cli.main(["launch", "slurm", *flags, "--nodes=2", "--dry-run"]) == 2
     assert cli.main(["launch", "sky", *flags, "--accelerator=H100"]) == 2
     assert cli.main(["launch", "local", *flags, *CONFIG]) == 2
