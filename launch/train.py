@@ -147,6 +147,7 @@ def prepare(config: Any, corpora: Any = None) -> Prepared:
     from launch.recipe import recipe_of
     from lm.core.sharding import check_batch, make_mesh
     from lm.core.tree import num_params
+    from lm.core.undivided import undivided
     from lm.data.corpora import load_corpora
     from lm.data.loader import build_dataset
     from lm.data.tokenizer import special_ids
@@ -178,6 +179,7 @@ def prepare(config: Any, corpora: Any = None) -> Prepared:
     headline = (f"{num_params(recipe.boxed):,} parameters, {data}, batches of "
                 f"{options.batch_size} x {options.seq_len} (packing {train_set.packing_efficiency:.1%}), "
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}{' (' + shape + ')' if shape else ''}")
+    headline = "\n".join([headline, *map(str, undivided(recipe.boxed, mesh.shape))])
     return Prepared(config, options, mesh, model, recipe, corpora, train_set, headline, goldfish if on_device else None)
 
 

@@ -8,6 +8,7 @@ from launch.planning.ask import ask, full_mesh
 from launch.planning.compiled import compiled
 from launch.planning.figures import GIB, figures
 from launch.planning.machines import Machine
+from lm.core.undivided import Undivided, undivided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Setting:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """flags: overrides of the config that it was asked for. result: of the compiler; numbers: of
-    `launch.planning.figures` where it compiled, else None."""
+    `launch.planning.figures` where it compiled, else None. undivided: mesh axes that leave parameters whole."""
 
     config: Any
     mesh: Mapping[str, int]
     flags: Sequence[str]
     result: Mapping[str, Any]
     numbers: Mapping[str, Any] | None
+    undivided: Sequence[Undivided] = ()
 
     @property
     def fits(self) -> bool:
@@ -49,17 +51,17 @@ class Plan:
 def make_plan(config: Any, setting: Setting, flags: Sequence[str] = ()) -> Plan:
     """Compiles, or takes what is kept. Raises ValueError for what the machine cannot split."""
     from lm.data.tokenizer import special_ids
-    from lm.models.build import build_model
+    from lm.models.build import abstract_params, build_model
     machine, tokenizer = setting.machine, setting.tokenizer
     asked = ask(config, machine, vocab_size=tokenizer.vocab_size, special=special_ids(tokenizer),
                 teacher_k=teacher_k(config), decode=setting.decode)
     result = compiled(asked, setting.python, setting.compiler, setting.limit, refresh=setting.refresh)
-    numbers = None
+    numbers, mesh = None, full_mesh(config, machine)
+    model = build_model(config.model.to_dict(), tokenizer.vocab_size)
     if result["status"] == "ok":
-        model = build_model(config.model.to_dict(), tokenizer.vocab_size)
         numbers = figures(result, machine, unknown_trips=1.0 if setting.decode else unheard(model),
                           causal=causal(model), **needed(config, model, setting.decode))
-    return Plan(config, full_mesh(config, machine), tuple(flags), result, numbers)
+    return Plan(config, mesh, tuple(flags), result, numbers, tuple(undivided(abstract_params(model), mesh)))
 
 
 def needed(config: Any, model: Any, decode: tuple[int, int] | None) -> dict[str, Any]:

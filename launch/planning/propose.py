@@ -47,8 +47,9 @@ def next_change(plan: Plan, machine: Machine, decode: bool = False) -> Flags | N
     mesh, config, room = plan.mesh, plan.config, ROOM * machine.gib
     state = (plan.result["params"] + plan.result["optimizer"]) / GIB
     rows = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if mesh["data"] > 1 and state > STATE * machine.gib:
-        return _split(mesh, machine)
+    split = _split(mesh, machine, config.model.embed_dim)
+    if split and (state > STATE * machine.gib or any(one.axis == "fsdp" for one in plan.undivided)):
+        return split
     if not decode and config.model.get("remat", "none") != "full":
         return {"model.remat": "full"}
     pieces, batch = config.train.microbatches, config.train.batch_size
@@ -57,17 +58,24 @@ def next_change(plan: Plan, machine: Machine, decode: bool = False) -> Flags | N
         times //= 2
     if times > 1 and room > state and not decode:
         return {"train.microbatches": pieces * times}
-    if mesh["data"] > 1:
-        return _split(mesh, machine)
+    if split:
+        return split
     if mesh["fsdp"] % 2 == 0 and mesh["fsdp"] > 1:
-        return {"mesh.data": 1, "mesh.fsdp": mesh["fsdp"] // 2, "mesh.tensor": 2 * mesh["tensor"]}
+        return {"mesh.data": _within(mesh, machine), "mesh.fsdp": mesh["fsdp"] // 2,
+                "mesh.tensor": 2 * mesh["tensor"]}
     return None
 
 
-def _split(mesh: Any, machine: Machine) -> Flags:
-    """All of `data` within a slice to `fsdp`."""
-    data = mesh["data"] // (machine.slices if machine.kind.gpu is None else 1)
-    return {"mesh.data": 1, "mesh.fsdp": data * mesh["fsdp"]}
+def _within(mesh: Any, machine: Machine) -> int:
+    """Devices of a slice along `data`."""
+    return mesh["data"] // (machine.slices if machine.kind.gpu is None else 1)
+
+
+def _split(mesh: Any, machine: Machine, width: int) -> Flags | None:
+    """As much of `data` and `fsdp` within a slice to `fsdp` as divides the width; None where that is so already."""
+    devices = _within(mesh, machine) * mesh["fsdp"]
+    fsdp = math.gcd(devices, width)
+    return None if fsdp == mesh["fsdp"] else {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp}
 
 
 def format_flags(flags: Flags) -> str:

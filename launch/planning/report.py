@@ -12,7 +12,7 @@ ASSUMED = ("memory as the compiler lays it out. Step time: the least that peaks 
 
 def describe(plan: Plan, setting: Setting) -> str:
     """The whole report of one plan."""
-    lines = [f"{setting.machine.describe()}; {setting.compiler}", what(plan, setting)]
+    lines = [f"{setting.machine.describe()}; {setting.compiler}", what(plan, setting), *map(str, plan.undivided)]
     if plan.result["status"] == "too large":
         return "\n".join([*lines, too_large(plan)])
     if plan.numbers is None:

@@ -1,7 +1,8 @@
 """`lm plan --search`: meshes and remat policies, compiled and ranked by their estimated step."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from launch.planning.figures import GIB
@@ -10,45 +11,53 @@ from launch.planning.planned import Plan, Setting, make_plan, needs
 from launch.planning.propose import Flags, format_flags
 from launch.planning.report import milli
 
+REMAT = ("none", "minimal", "full")     # the fastest first
 COPIES = 4  # of the parameters' bytes: with their gradient and two moments
 
 
 def search(config: Any, setting: Setting, resolve: Callable[[Flags], Any], trials: int,
            tell: Callable[[str], None]) -> list[Plan]:
     """The plans of at most `trials` settings, best first: those that fit by their step, then the others by what they
-    need. Settings whose state alone is larger than a device are not compiled."""
-    out = []
-    for flags in settings(config, setting.machine):
+    need. Of each mesh the remat policies from the fastest on, until one fits. Meshes with which the state alone is
+    larger than a device are not compiled."""
+    out, done = [], []
+    for mesh, remat in itertools.product(meshes(config, setting.machine), REMAT):
         if len(out) == trials:
             break
+        if mesh in done:
+            continue
+        flags = {"model.remat": remat, **mesh}
         try:
             changed = resolve(flags)
             if state_gib(changed, setting) > setting.machine.gib:
-                tell(f"{format_flags(flags)}: parameters and moments alone are larger than a device")
+                tell(f"{format_flags(mesh)}: parameters and moments alone are larger than a device")
+                done.append(mesh)
                 continue
             plan = make_plan(changed, setting, format_flags(flags).split())
         except ValueError as error:
             tell(f"{format_flags(flags)}: {error}")
+            done.append(mesh)
             continue
         out.append(plan)
         tell(f"{format_flags(flags)}: {line(plan)}")
+        if plan.fits:
+            done.append(mesh)
     return sorted(out, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else needs(plan) or math.inf))
 
 
-def settings(config: Any, machine: Machine) -> Iterator[Flags]:
-    """Meshes (devices on data, on fsdp, on both, with some on tensor; those of expert and context as they are), each
-    with the remat policies, the cheapest to run first."""
+def meshes(config: Any, machine: Machine) -> list[Flags]:
+    """Devices on data, on fsdp as far as it divides the width, on both, with some on tensor; those of expert and
+    context as they are."""
     from launch.planning.ask import full_mesh
     mesh = full_mesh(config, machine)
     slices = machine.slices if machine.kind.gpu is None else 1
     held = mesh["expert"] * mesh["context"]
     free = machine.devices // slices // held
-    shapes = [dict(data=1, fsdp=free, tensor=1), dict(data=free, fsdp=1, tensor=1)]
-    shapes += [dict(data=free // n, fsdp=n, tensor=1) for n in (8, 16) if free % n == 0 and n < free]
-    shapes += [dict(data=1, fsdp=free // n, tensor=n) for n in (2, 4, 8) if free % n == 0 and n <= free]
-    for remat in ("none", "minimal", "full"):
-        for shape in shapes:
-            yield {"model.remat": remat, **{f"mesh.{axis}": n for axis, n in shape.items()}}
+    splits = [(math.gcd(free, config.model.embed_dim), 1), (1, 1), *((n, 1) for n in (8, 16))]
+    splits += [(math.gcd(free // n, config.model.embed_dim), n) for n in (2, 4, 8) if n <= free]
+    shapes = [{"mesh.data": free // fsdp // tensor, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+              for fsdp, tensor in splits if free % (fsdp * tensor) == 0]
+    return [shape for place, shape in enumerate(shapes) if shape not in shapes[:place]]
 
 
 def state_gib(config: Any, setting: Setting) -> float:

@@ -14,7 +14,7 @@ from launch.planning.compiled import compiled
 from launch.planning.machines import find_machine
 from launch.planning.planned import Plan, Setting, make_plan, needed, unheard
 from launch.planning.propose import format_flags, next_change, propose
-from launch.planning.search import search, settings
+from launch.planning.search import meshes, search
 from lm.data.tokenizer import Bytes
 from lm.models.build import build_model
 
@@ -181,9 +181,29 @@ def test_a_search_ranks_what_fits_by_its_step(compiler):
     assert len(plans) == len(compiler) == 4
     assert [plan.fits for plan in plans] == sorted((plan.fits for plan in plans), reverse=True)
     assert "--config.model.remat=none" in plans[0].flags and any("does not fit" in line for line in told)
-    meshes = [flags for flags in settings(dense(), find_machine("v5e-16")) if flags["model.remat"] == "none"]
-    assert {"model.remat": "none", "mesh.data": 2, "mesh.fsdp": 8, "mesh.tensor": 1} in meshes
-    assert all(f["mesh.data"] * f["mesh.fsdp"] * f["mesh.tensor"] == 16 for f in meshes)
+    # All on fsdp fits at once; all on data with no policy, and all three are tried.
+    assert [plan.flags[0].split("=")[1] for plan in plans if "--config.mesh.fsdp=8" in plan.flags] == ["none"]
+    assert {plan.flags[0].split("=")[1] for plan in plans[1:]} == {"none", "minimal", "full"}
+    found = meshes(dense(), find_machine("v5e-16"))
+    assert {"mesh.data": 2, "mesh.fsdp": 8, "mesh.tensor": 1} in found
+    assert all(f["mesh.data"] * f["mesh.fsdp"] * f["mesh.tensor"] == 16 for f in found)
+    assert len({tuple(f.values()) for f in found}) == len(found)
+
+
+def test_a_mesh_that_does_not_divide_the_width_is_named_and_changed(compiler):
+    """A width of 40 over 16 devices: 8 of them divide it."""
+    config = dense(model=dict(embed_dim=40, num_layers=2, attention=dict(num_heads=4), mlp=dict()),
+                   mesh=dict(data=1, fsdp=-1))
+    plan = make_plan(config, setting("v5e-16"))
+    assert [(one.axis, one.dims, one.divisor) for one in plan.undivided] == [("fsdp", {"embed": 40}, 8)]
+    assert "mesh.fsdp=16 does not divide embed=40: every device holds" in report.describe(plan, setting("v5e-16"))
+    machine, short = find_machine("v5e-16"), dict(status="too large", used=20 * GIB, usable=16 * GIB, params=GIB,
+                                                  optimizer=0)
+    change = next_change(Plan(config, plan.mesh, (), short, None, plan.undivided), machine)
+    assert change == {"mesh.data": 2, "mesh.fsdp": 8}
+    assert not make_plan(resolver(config)(change), setting("v5e-16")).undivided
+    assert meshes(config, machine)[0] == {"mesh.data": 2, "mesh.fsdp": 8, "mesh.tensor": 1}
+    assert not make_plan(dense(mesh=dict(data=1, fsdp=-1)), setting("v5e-16")).undivided
 
 
 def test_loops_that_draw_their_trips_are_taken_at_the_mean():
