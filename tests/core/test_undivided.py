@@ -23,8 +23,9 @@ def test_what_divides_is_not_named():
 def test_an_axis_that_divides_nothing_of_a_parameter_is_named_with_what_would():
     (one,) = undivided(TREE, dict(data=2, fsdp=8, tensor=8))
     assert (one.axis, one.dims, one.whole, one.total, one.divisor) == ("fsdp", {"embed": 60}, 3840 + 7680, 11584, 4)
-    assert str(one) == ("mesh.fsdp=8 does not divide embed=60: every device holds 11,520 of 11,584 parameters undivided "
-                        "by it; the largest part of it that does is 4: mesh.fsdp=4 and mesh.data=2 times as large")
+    assert str(one) == ("mesh.fsdp=8 does not divide embed=60: every device holds 11,520 of 11,584 parameters "
+                        "undivided by it; the largest part of it that does is 4: mesh.fsdp=4 and mesh.data=2 times as "
+                        "large")
     assert "largest part" not in str(undivided(TREE, dict(fsdp=7))[0])
 
 
