@@ -51,7 +51,8 @@ SMOLLM2 = dict(embed_dim=576, num_layers=30, pattern=("attention/mlp",), vocab_s
                mlp=dict(activation="swiglu", mlp_dim=1536), dtype="float32", scan=True)
 REAL = {"model": SMOLLM2, "train.steps": 200, "train.batch_size": 8, "train.seq_len": 256, "train.lora_rank": 16,
         "train.init_from": "runs/smollm2", "optimizer.learning_rate": 2e-4, "optimizer.warmup_steps": 20,
-        "eval.every": 100_000, "eval.batches": None, "data": dict(source="pairs", path="data/hh_harmless")}
+        "eval.every": 100_000, "eval.batches": None, "checkpoint.every": 25, "log.every": 10,
+        "data": dict(source="pairs", path="data/hh_harmless")}
 REAL_LOSSES = {"dpo": {"dpo": 1.0}}
 HELD_OUT = 500
 
