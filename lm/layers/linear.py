@@ -21,7 +21,7 @@ def fan_in(scale: float = 1.0) -> Callable:
     return nn.initializers.variance_scaling(scale * scale, "fan_in", "truncated_normal")
 
 
-def matmul(x: Array, kernel: Array) -> Array:
+def matmul(x: Array, kernel: Array, precision: jax.lax.Precision | None = None) -> Array:
     """x @ kernel over the last axis of x [..., D].
 
     On one device the leading axes are made one first: the gradient of the kernel is then a plain matrix product, which
@@ -29,8 +29,9 @@ def matmul(x: Array, kernel: Array) -> Array:
     that are split differently would move data.
     """
     if x.ndim <= 2 or current_mesh() is not None:
-        return x @ kernel
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+        return jnp.matmul(x, kernel, precision=precision)
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Dense(nn.Module):
@@ -46,6 +47,7 @@ class Dense(nn.Module):
     use_bias: bool = False
     init_scale: float = 1.0
     kernel_init: Callable | None = None  # in place of `fan_in(init_scale)`
+    precision: jax.lax.Precision | None = None  # of the product with the kernel; None is JAX's default
 
     @nn.compact
     def weights(self, in_features: int) -> tuple[Array, Array | None]:
@@ -59,7 +61,7 @@ class Dense(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.weights(x.shape[-1])
-        y = matmul(x, kernel.astype(x.dtype))
+        y = matmul(x, kernel.astype(x.dtype), self.precision)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)

@@ -99,7 +99,9 @@ class MoE(nn.Module):
     def __call__(self, x: Array, state: State, ctx: Context) -> tuple[Array, State, Aux]:
         D, E = x.shape[-1], self.num_experts
         F, (act, gated) = self.expert().hidden_dim(D), ACTIVATIONS[self.activation]
-        logits = Dense(E, ("embed", None), name="router")(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        # TPUs and GPUs would round float32 factors; a choice between experts that are close hangs on the last digits.
+        router = Dense(E, ("embed", None), precision=jax.lax.Precision.HIGHEST, name="router")
+        logits = router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
         def matrices(name: str, shape: tuple[int, int], axes: tuple[str, str], scale: float = 1.0) -> Array:
             init = nn.initializers.variance_scaling(scale * scale, "fan_in", "truncated_normal", batch_axis=(0,))

@@ -231,3 +231,12 @@ def test_an_expert_axis_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="nearest that is: 12"):
         check_rows("moe.num_experts", 13, {"expert": 4}, square=False)
     MoE(num_experts=8).check_mesh({"expert": 4})
+
+
+def test_the_router_multiplies_in_full_precision():
+    """Under bfloat16 activations too; the experts' products keep the default."""
+    variables, x, ctx = made(TOKEN)
+    text = str(jax.make_jaxpr(lambda v, x: TOKEN.apply(v, x, (), ctx)[0])(variables, x.astype(jnp.bfloat16)))
+    _, after = text.split(":f32[24,8] = dot_general[")
+    assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in after.split("preferred_element_type")[0]
+    assert text.count("(Precision.HIGHEST, Precision.HIGHEST)") == 1
