@@ -138,9 +138,9 @@ class Prepared:
         return state
 
 
-def prepare(config: Any, corpora: Any = None) -> Prepared:
+def prepare(config: Any, corpora: Any = None, devices: Any = None) -> Prepared:
     """Builds everything that a run needs; raises ValueError for what cannot run, before anything is compiled. corpora:
-    of another run with the same data."""
+    of another run with the same data. devices: of its mesh; all where not given."""
     from launch import config as configs
     from launch.distill import check_teacher
     from launch.preference import check_rows
@@ -155,7 +155,7 @@ def prepare(config: Any, corpora: Any = None) -> Prepared:
     from lm.tasks.goldfish import goldfish_of
 
     options, mesh_options = configs.options(config, "train"), configs.options(config, "mesh")
-    mesh = make_mesh(mesh_options.sizes, dcn=mesh_options.dcn)
+    mesh = make_mesh(mesh_options.sizes, dcn=mesh_options.dcn, devices=devices)
     check_batch(options.batch_size, options.seq_len, mesh, options.microbatches)
     data = configs.options(config, "data")
     check_carry(options, data, config)

@@ -10,6 +10,8 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 
+RUNS = "runs"  # the one axis of a mesh of devices that have whole runs each, see `lm.train.places`
+
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.core.axes import BATCH_AXES, MESH_AXES, RULES
+from lm.core.axes import BATCH_AXES, MESH_AXES, RULES, RUNS
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ def _grid_of_slices(within: tuple[int, ...], across: tuple[int, ...], devices: l
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh set by `jax.set_mesh`, or None where there is none or it has one device."""
+    """The mesh set by `jax.set_mesh`, or None where there is none, it has one device, or devices have whole runs."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.empty or mesh.size == 1 or mesh.axis_names == (RUNS,) else mesh
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.core.batch import Batch
 from lm.train.checkpoint import open_checkpoints
 from lm.train.exit_codes import DONE, NONFINITE, PREEMPTED
-from lm.train.feed import data_shard, feed, to_device
-from lm.train.group_step import make_group_step, pick, stack, stacked_scalars
+from lm.train.feed import data_shard, feed
+from lm.train.group_step import make_group_step, stacked_scalars
 from lm.train.loop import (
     IN_FLIGHT,
     Experiment,
@@ -33,6 +33,7 @@ from lm.train.loop import (
 )
 from lm.train.metrics import PerfMeter
 from lm.train.options import CheckpointOptions, LogOptions, TrainOptions
+from lm.train.places import Places
 from lm.train.progress import Progress
 from lm.train.signals import Preemption
 from lm.train.state import TrainState
@@ -109,42 +110,47 @@ class Run:
                                                       **self.evaluated}, self.member.experiment.baselines)
 
 
-def train_together(members: Sequence[Member], mesh: Mesh) -> list[int]:
+def train_together(members: Sequence[Member], mesh: Mesh, devices: Sequence[Any] | None = None,
+                   way: str = "vmap") -> list[int]:
     """Trains all members to their ends, from their newest checkpoints where there are any, and returns their codes of
-    `lm.train.exit_codes`. Call under `jax.set_mesh(mesh)`, a mesh of one device.
+    `lm.train.exit_codes`. Call under `jax.set_mesh(mesh)`, a mesh of one device, where runs are evaluated and saved.
 
+    devices: over which the runs are spread, whole runs each; the mesh's where not given. way: see `make_group_step`.
     Raises ValueError for a mesh or members that cannot share a program.
     """
     if mesh.size != 1:
-        raise ValueError(f"runs share a program on one device, and the mesh has {mesh.size}")
+        raise ValueError(f"a run of a group has one device, and the mesh has {mesh.size}")
+    devices = list(mesh.devices.flat) if devices is None else devices
     first = members[0]
     with contextlib.ExitStack() as opened:
         runs = [Run(member, mesh, opened) for member in members]
         preemption = opened.enter_context(Preemption(first.log.every))
         watchdog = opened.enter_context(Watchdog(first.options.hang_seconds, first.workdir))
         while going := [run for run in runs if run.code is None]:
-            _advance(going, mesh, preemption, watchdog)
+            _advance(going, mesh, devices, way, preemption, watchdog)
     return [run.code for run in runs]
 
 
-def _advance(runs: Sequence[Run], mesh: Mesh, preemption: Preemption, watchdog: Watchdog) -> None:
+def _advance(runs: Sequence[Run], mesh: Mesh, devices: Sequence[Any], way: str, preemption: Preemption,
+             watchdog: Watchdog) -> None:
     """Trains these runs in one program until half of them have ended, or all where there is one."""
     first = runs[0].member
     experiment, options = first.experiment, first.options
     shared = len({(json.dumps(dict(run.member.experiment.data)), run.step) for run in runs}) == 1
+    places, home = Places(len(runs), devices), NamedSharding(mesh, PartitionSpec())
     step_fn = jax.jit(make_group_step(experiment.apply, experiment.objective, experiment.recipe, options,
-                                      shared_batch=shared), donate_argnums=0)
-    whole = NamedSharding(mesh, PartitionSpec())
-    rates = jax.device_put(stacked_scalars([run.member.experiment.recipe.optimizer for run in runs]), whole)
-    states = stack([run.state for run in runs])
+                                      shared_batch=shared, way=way, mesh=places.mesh), donate_argnums=0)
+    rates = jax.device_put(stacked_scalars(places.filled([run.member.experiment.recipe.optimizer for run in runs])),
+                           places.split)
+    states = places.put([run.state for run in runs])
     for run in runs:
         run.state = None
     meter = PerfMeter(options.batch_size * options.seq_len, experiment.flops_per_token, mesh.devices.flat,
                       passes=experiment.passes)
     index, count = data_shard(mesh, options.batch_size, options.seq_len)
     sources = [run.member.experiment.batches(run.step, index, count) for run in (runs[:1] if shared else runs)]
-    batches = feed(rounds(sources), lambda batch: to_device(batch, mesh, index, count) if shared else
-                   jax.device_put(batch, whole))
+    batches = feed(rounds(sources, places), lambda batch: jax.device_put(
+        batch, places.whole if shared else places.split))
     in_flight: collections.deque[Any] = collections.deque()
     metrics: dict[str, Any] = {}
     number = 0
@@ -152,7 +158,8 @@ def _advance(runs: Sequence[Run], mesh: Mesh, preemption: Preemption, watchdog: 
         # --- Step.
         with meter.waiting(metrics):
             _, batch = next(batches)
-        states, metrics = step_fn(states, rates, batch)
+        with jax.set_mesh(places.mesh):
+            states, metrics = step_fn(states, rates, batch)
         meter.stepped(metrics)
         number += 1
         in_flight.append(metrics["train/loss"])
@@ -186,7 +193,7 @@ def _advance(runs: Sequence[Run], mesh: Mesh, preemption: Preemption, watchdog: 
             evaluate = due["evaluate"] or (last and run.member.schedule.final)
             if evaluate or due["save"] or last or leaving:
                 with meter.paused(metrics), watchdog.paused():
-                    state = pick(states, place)
+                    state = places.take(states, place, home)
                     if evaluate:
                         run.evaluate(state)
                     if due["save"] or last or leaving:
@@ -200,13 +207,13 @@ def _advance(runs: Sequence[Run], mesh: Mesh, preemption: Preemption, watchdog: 
     batches.close()
     for place, run in enumerate(runs):
         if run.code is None:
-            run.state = pick(states, place)
+            run.state = places.take(states, place, home)
 
 
-def rounds(sources: Sequence[Iterable[tuple[int, Batch]]]) -> Iterator[tuple[int, Batch]]:
-    """(step of the first, batch): one source as it is, several stacked."""
+def rounds(sources: Sequence[Iterable[tuple[int, Batch]]], places: Places) -> Iterator[tuple[int, Batch]]:
+    """(step of the first, batch): one source as it is, several stacked, one for every place."""
     if len(sources) == 1:
         yield from sources[0]
         return
     for several in zip(*sources, strict=True):
-        yield several[0][0], jax.tree.map(lambda *rows: np.stack(rows), *(batch for _, batch in several))
+        yield several[0][0], jax.tree.map(lambda *rows: np.stack(rows), *places.filled([b for _, b in several]))

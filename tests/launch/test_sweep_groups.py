@@ -104,25 +104,30 @@ def test_what_shares_a_program_is_told_by_the_config(tmp_path):
 
 
 def test_the_choice_is_what_was_measured_and_is_kept_for_its_device(tmp_path, monkeypatch):
+    import jax
+
     from lm.train import group_speed
     monkeypatch.setattr(group_process, "why_alone", lambda prepared: None)
-    measured = []
+    measured, found = [], iter([[5.0, 3.0, 1.0], [5.0, 3.0, 1.0], [6.0, 5.0, 4.0], [3.9, 3.9, 3.9]])
+    cpus = jax.devices()[:2]
 
-    def times(experiments, options, mesh):
+    def times(experiments, options, mesh, devices, alone):
         measured.append(len(experiments))
-        return group_speed.Times([2.0, 4.0, 9.0], [5.0, 3.0, 1.0] if len(measured) < 3 else [6.0, 5.0, 4.0])
+        assert alone is None
+        return group_speed.Times([2.0, 4.0, 9.0], {"vmap": [9.0, 9.0, 9.0], "map": next(found)})
 
     monkeypatch.setattr(group_speed, "step_times", times)
     prepared, file = [types.SimpleNamespace(options=None, mesh=None)], tmp_path / "x.json"
-    first = group_process.choose(prepared, [0, 0], file)
-    assert first["together"] and "1.33 times" in first["why"]
-    assert group_process.choose(prepared, [0, 0], file) == {**first, "alone": list(first["alone"])} and measured == [2]
-    file.write_text(json.dumps({**first, "device": "another"}))
-    assert group_process.choose(prepared, [0, 0], file)["together"] and measured == [2, 2]
-    slower = group_process.choose(prepared, [0, 0, 0], tmp_path / "y.json")
+    first = group_process.choose(prepared, [0, 0], file, cpus)
+    assert first["together"] and first["way"] == "map" and "1.33 times" in first["why"]
+    assert group_process.choose(prepared, [0, 0], file, cpus) == first and measured == [2]
+    assert group_process.choose(prepared, [0, 0], file, cpus[:1])["together"] and measured == [2, 2]
+    slower = group_process.choose(prepared, [0, 0, 0], tmp_path / "y.json", cpus)
     assert not slower["together"] and "0.80 times" in slower["why"]
+    hardly = group_process.choose(prepared, [0, 0, 0], tmp_path / "x3.json", cpus)
+    assert not hardly["together"] and "1.03 times" in hardly["why"]
     monkeypatch.setattr(group_process, "why_alone", lambda prepared: "a loss of preferences")
-    assert "run alone: a loss of" in group_process.choose(prepared, [0, 0], tmp_path / "z.json")["why"]
+    assert "run alone: a loss of" in group_process.choose(prepared, [0, 0], tmp_path / "z.json", cpus)["why"]
 
 
 @pytest.mark.slow
