@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each side and shape (at least 10)")
     parser.add_argument("--seq-len", type=int, action="append", metavar="T", help="tokens of a row; may be repeated "
                         "(default: 256 and 1024; lengths: 256 to 8,192; generate: 1,024 to 65,536; sweep: 32)")
+    parser.add_argument("--width", type=int, action="append", metavar="E", help="sweep: widths of the model; may be "
+                        "repeated (default: 16, 64 and 256)")
     parser.add_argument("--vocab", type=int, default=8192, help="orpo: ids of the vocabulary (default: 8192)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/bench", help="where JSON and Markdown are written")
 

@@ -24,10 +24,12 @@ TURN = 0.1  # seconds that a turn lasts at least: on one of a millisecond, chanc
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a step of all runs: `alone` one after the other, `together` in one program, by way; one a round."""
+    """Seconds of a step of all runs: `alone` one after the other, `together` in one program, by way; one a round.
+    cores: this process's CPU time in a second, medians by way and of "alone"."""
 
     alone: Sequence[float]
     together: Mapping[str, Sequence[float]]
+    cores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def way(self) -> str:
@@ -57,10 +59,11 @@ def step_times(experiments: Sequence[Experiment], options: TrainOptions, mesh: M
     steps = {}
     for name, run in runs.items():
         jax.block_until_ready(run())  # compiles
-        steps[name] = math.ceil(TURN / min(TURN, _seconds(run, 1)))
-    times = [{name: _seconds(run, steps[name]) for name, run in runs.items()} for _ in range(rounds)]
-    found = {name: [each[name] for each in times] for name in runs}
-    return Times(found.pop("alone"), found)
+        steps[name] = math.ceil(TURN / min(TURN, _turn(run, 1)[0]))
+    turns = [{name: _turn(run, steps[name]) for name, run in runs.items()} for _ in range(rounds)]
+    seconds = {name: [each[name][0] for each in turns] for name in runs}
+    cores = {name: statistics.median(each[name][1] for each in turns) for name in runs}
+    return Times(seconds.pop("alone"), seconds, cores)
 
 
 def _alone(experiment: Experiment, mesh: Mesh, options: TrainOptions, count: int) -> Callable[[], Any]:
@@ -104,10 +107,11 @@ def first_batch(experiment: Experiment, mesh: Mesh, options: TrainOptions) -> An
     return experiment.batch_at(0, *data_shard(mesh, options.batch_size, options.seq_len))
 
 
-def _seconds(run: Callable[[], Any], steps: int) -> float:
-    """Of a step."""
-    began = time.perf_counter()
+def _turn(run: Callable[[], Any], steps: int) -> tuple[float, float]:
+    """(seconds of a step, cores in use)."""
+    began, worked = time.perf_counter(), time.process_time()
     for _ in range(steps):
         metrics = run()
     jax.block_until_ready(metrics)
-    return (time.perf_counter() - began) / steps
+    seconds = time.perf_counter() - began
+    return seconds / steps, (time.process_time() - worked) / seconds
