@@ -1,12 +1,16 @@
 """Trials that share a program: grouped by what they differ in, each with its own end, and alone where the process that
 trains them breaks or says so. Training is a stand-in of milliseconds, but for the slow test at the end."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 
 import pytest
@@ -65,8 +69,9 @@ def test_trials_that_differ_in_scalars_are_one_group_and_keep_their_own_ends(tmp
     assert not list(tmp_path.glob("trials/*/begun"))
 
 
-def test_a_group_that_would_be_slower_is_run_alone_and_not_tried_again(tmp_path, grouped):
-    grouped(code=78)
+@pytest.mark.parametrize("code", [78, 1])
+def test_a_group_that_would_be_slower_or_breaks_is_run_alone_and_not_tried_again(tmp_path, grouped, code):
+    grouped(code=code)
     assert sweep("--config", TINY, "--workdir", tmp_path, "--param", "optimizer.learning_rate=0.1,0.2",
                  "--param=train.seed=1,2", "--workers=1", "--vmap=3") == 0
     assert sizes(tmp_path) == [3]
@@ -130,35 +135,118 @@ def test_the_choice_is_what_was_measured_and_is_kept_for_its_device(tmp_path, mo
     assert "run alone: a loss of" in group_process.choose(prepared, [0, 0], tmp_path / "z.json", cpus)["why"]
 
 
-@pytest.mark.slow
-def test_real_trials_together_are_those_alone_and_resumable_by_lm_train(tmp_path):
-    """The measured choice is set aside: what is compared are numbers, on a machine that others use."""
+def test_a_cpu_is_a_device_a_core_but_where_xla_was_told_or_others_work_beside(monkeypatch):
     import jax
-    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    command = lambda *words: subprocess.run([sys.executable, "-m", "launch.cli", *map(str, words)], cwd=ROOT, text=True,
-                                            capture_output=True, timeout=500, env={**os.environ, "XLA_FLAGS": flags})
+    made = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: made.append((name, value)))
+    monkeypatch.setattr("launch.claim_grid.default_jobs", lambda: 6)
+    for flags in ("--xla_cpu_multi_thread_eigen=false", "--xla_force_host_platform_device_count=3"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        group_process.a_device_a_core()
+    assert made == []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    group_process.a_device_a_core()
+    assert made == [("jax_num_cpu_devices", 6)]
 
-    def run(name, *words):
-        done = command("sweep", "--config", TINY, "--workdir", tmp_path / name, "--workers=1", *words,
-                       "--param=optimizer.learning_rate=1e-3,3e-3", "--param=train.seed=1,2")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [one.value for one in trials(tmp_path / name)]
 
-    def rows(name, number):
-        lines = (tmp_path / name / f"trials/{number:04d}/metrics.jsonl").read_text().splitlines()
-        found = {row["step"]: row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row}
-        assert list(found) == list(range(1, len(found) + 1))
-        return list(found.values())
+def test_a_mesh_that_splits_a_run_is_told_from_one_over_all_devices():
+    from launch import config as configs
+    split = lambda *overrides: group_process.splits_runs(configs.load(TINY, overrides))
+    assert not split() and not split(("mesh.data", "-1"), ("mesh.fsdp", "1"))
+    assert split(("mesh.tensor", "2")) and split(("mesh.dcn.data", "2"))
 
-    alone = run("alone")
-    record = tmp_path / f"together/together/{groups.program_of(tmp_path / 'alone', [])}-4.json"
-    record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"device": f"{jax.devices()[0].device_kind}, jax {jax.__version__}", "together": True,
-                                  "why": "trained together: so says the test"}))
-    assert run("together", "--vmap=4") == pytest.approx(alone, rel=1e-5)
+
+FLAGS = ["--param=optimizer.learning_rate=1e-3,3e-3", "--param=train.seed=1,2", "--workers=1"]
+
+
+def environment(devices):
+    """Of a process with so many CPU devices."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+
+
+def command(*words, devices=1):
+    return subprocess.Popen([sys.executable, "-m", "launch.cli", *map(str, words)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(devices))
+
+
+def done(*words, devices=1):
+    process = command(*words, devices=devices)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
+
+
+def rows(workdir, number):
+    lines = (workdir / f"trials/{number:04d}/metrics.jsonl").read_text().splitlines()
+    found = {row["step"]: row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row}
+    assert list(found) == list(range(1, len(found) + 1))
+    return list(found.values())
+
+
+def set_choice(workdir, program, devices, way):
+    """What was measured is set aside: numbers are compared, on a machine that others use."""
+    import jax
+    for count in (2, 3, 4):
+        record = workdir / f"together/{program}-{count}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({
+            "device": f"{devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}", "together": True,
+            "way": way, "why": "trained together: so says the test"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices, way", [(1, "vmap"), (3, "map")])
+def test_real_trials_together_are_those_alone_and_resumable_by_lm_train(tmp_path, devices, way):
+    """Four trials over three devices: two on each of two."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    done("sweep", "--config", TINY, "--workdir", alone, *FLAGS)
+    set_choice(together, groups.program_of(alone, []), devices, way)
+    done("sweep", "--config", TINY, "--workdir", together, *FLAGS, "--vmap=4", devices=devices)
+    values = lambda workdir: [one.value for one in trials(workdir)]
+    assert values(together) == pytest.approx(values(alone), rel=1e-5)
     for number in range(4):
-        assert "so says the test" in (tmp_path / f"together/trials/{number:04d}/log.txt").read_text()
-        assert rows("together", number) == pytest.approx(rows("alone", number), rel=1e-5)
-    done = command("train", "--workdir", tmp_path / "together/trials/0003", "--config.train.steps=14")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(rows("together", 3)) == 14
+        assert "so says the test" in (together / f"trials/{number:04d}/log.txt").read_text()
+        assert rows(together, number) == pytest.approx(rows(alone, number), rel=1e-5)
+    done("train", "--workdir", together / "trials/0003", "--config.train.steps=14")
+    assert len(rows(together, 3)) == 14
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed_at_any_point_loses_and_doubles_nothing(tmp_path):
+    """With signal 9: the process of the group, and what started it too, as when a machine dies. What is left goes on
+    alone, or in a new group."""
+    draw, whole, warm = random.Random(40), tmp_path / "whole", [*FLAGS, "--config.train.steps=60"]
+    done("sweep", "--config", TINY, "--workdir", whole, *warm)
+    program, killed = groups.program_of(whole, []), 0
+    for attempt, machine in enumerate([False, True, True, False, True, False]):
+        workdir = tmp_path / str(attempt)
+        set_choice(workdir, program, 2, "map")
+        words = ["sweep", "--config", TINY, "--workdir", workdir, *warm, "--vmap=4"]
+        process = command(*words, devices=2)
+        step, metrics = draw.randrange(1, 55), workdir / f"trials/000{draw.randrange(4)}/metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("train/loss") < step):
+            time.sleep(0.001)
+        if machine:
+            process.kill()
+        for pid in of_groups(workdir):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        out, _ = process.communicate(timeout=500)
+        assert machine or process.returncode == 0, out
+        if machine:
+            done(*words, devices=2)
+        assert [one.state.name for one in trials(workdir)] == ["COMPLETE"] * 4
+        assert [one.params for one in trials(workdir)] == [one.params for one in trials(whole)]
+        for number in range(4):
+            assert len(rows(workdir, number)) == 60
+            assert rows(workdir, number) == pytest.approx(rows(whole, number), rel=1e-5)
+    assert killed >= 4, f"the groups had ended before, but for {killed}"
+
+
+def of_groups(workdir):
+    """Processes that train groups of this sweep."""
+    for folder in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_text()
+            if "group_process" in words and str(workdir) in words:
+                yield int(folder.name)
