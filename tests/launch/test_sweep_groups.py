@@ -218,7 +218,7 @@ def test_a_group_that_is_killed_at_any_point_loses_and_doubles_nothing(tmp_path)
     draw, whole, warm = random.Random(40), tmp_path / "whole", [*FLAGS, "--config.train.steps=60"]
     done("sweep", "--config", TINY, "--workdir", whole, *warm)
     program, killed = groups.program_of(whole, []), 0
-    for attempt, machine in enumerate([False, True, True, False, True, False]):
+    for attempt, machine in enumerate([False, True, True, False]):
         workdir = tmp_path / str(attempt)
         set_choice(workdir, program, 2, "map")
         words = ["sweep", "--config", TINY, "--workdir", workdir, *warm, "--vmap=4"]
@@ -240,7 +240,7 @@ def test_a_group_that_is_killed_at_any_point_loses_and_doubles_nothing(tmp_path)
         for number in range(4):
             assert len(rows(workdir, number)) == 60
             assert rows(workdir, number) == pytest.approx(rows(whole, number), rel=1e-5)
-    assert killed >= 4, f"the groups had ended before, but for {killed}"
+    assert killed >= 3, f"the groups had ended before, but for {killed}"
 
 
 def of_groups(workdir):
