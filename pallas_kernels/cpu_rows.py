@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import automatic_axes, current_platform
 Array = jax.Array
 LANES = 16          # columns that a dot product keeps apart until its end: a vector register of float32
 COLUMNS = 256       # columns of a dot product in one loop, a term of the sum for each LANES of them
-TOKENS = 64         # tokens whose sums exist for each lane at a time
+TOKENS = 512        # tokens whose sums exist for each lane at a time
 GROUP = 16          # rows of a token that one loop adds up
 
 
@@ -38,28 +38,29 @@ def dots(table: Array, at: Array, x: Array) -> Array:
 def _dots(table: Array, at: Array, x: Array, first: int) -> Array:
     """The same for table [S, D / LANES, LANES] and columns first * LANES and on, as many as x has.
 
-    The sums over lanes of a chunk are for the next trip of the loop, which no fusion crosses.
+    A product with ones adds up the sums over lanes, as a reduction would go from one number to the next, and no fusion
+    takes a product in.
     """
     tokens, chosen = at.shape
     x = x.reshape(tokens, 1, -1, LANES)
     size = min(TOKENS, tokens)
 
-    def lanes(at, x):
+    def part(at, x):
         terms = [_rows(table, (at, jnp.full_like(at, first + c)), x.dtype) * x[:, :, c] for c in range(x.shape[2])]
-        return functools.reduce(jnp.add, terms)
+        sums = functools.reduce(jnp.add, terms)
+        return jnp.matmul(sums, jnp.ones_like(sums, shape=LANES), precision=jax.lax.Precision.HIGHEST)
 
-    def step(i, out_and_sums):
-        out, sums = out_and_sums
-        out = jax.lax.dynamic_update_slice_in_dim(out, sums.sum(-1), (i - 1) * size, 0)
-        return out, lanes(_part(at, i, size), _part(x, i, size))
+    def step(i, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, part(_part(at, i, size), _part(x, i, size)), i * size, 0)
 
     whole = tokens // size
-    start = jnp.zeros_like(x, shape=(whole * size, chosen)), jnp.zeros_like(x, shape=(size, chosen, LANES))
-    out, sums = jax.lax.fori_loop(0, whole, step, start)
-    out = jax.lax.dynamic_update_slice_in_dim(out, sums.sum(-1), (whole - 1) * size, 0)
+    if whole == 1:
+        out = part(at[:size], x[:size])
+    else:
+        out = jax.lax.fori_loop(0, whole, step, jnp.zeros_like(x, shape=(whole * size, chosen)))
     if tokens == whole * size:
         return out
-    return jnp.concatenate([out, lanes(at[whole * size:], x[whole * size:]).sum(-1)])
+    return jnp.concatenate([out, part(at[whole * size:], x[whole * size:])])
 
 
 def combine(table: Array, at: Array, weights: Array) -> Array:

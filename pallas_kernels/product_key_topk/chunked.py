@@ -39,17 +39,18 @@ def forward(q1: Array, q2: Array, c1: Array, c2: Array, k: int) -> tuple[Array, 
         chosen = lambda ids, ranks: jnp.take_along_axis(ids, jnp.asarray(ranks)[best], axis=-1)
         return scores, chosen(i, first) * n + chosen(j, second)
 
-    def beside(q1, q2):
-        """The same with tokens side by side, [H, n, t]."""
-        s1, i = extraction.largest(_scores_beside(q1, c1), k)
-        s2, j = extraction.largest(_scores_beside(q2, c2), k)
-        scores, best = extraction.largest(s1[:, first] + s2[:, second], k)
-        ids = jnp.take_along_axis(i[:, first] * n + j[:, second], best, axis=1)
-        return jnp.moveaxis(scores, 2, 0)[None], jnp.moveaxis(ids, 2, 0)[None]
+    def by_extraction(q1, q2):
+        """The same for tokens of one row, with loops that XLA's CPU backend compiles well."""
+        s1, i = extraction.largest(_scores_of_heads(q1, c1), k)
+        s2, j = extraction.largest(_scores_of_heads(q2, c2), k)
+        scores, place = extraction.largest_sums(s1, s2)
+        ids = jnp.take_along_axis(i, place // k, axis=1) * n + jnp.take_along_axis(j, place % k, axis=1)
+        of_tokens = lambda x: x.reshape(heads, -1, k).swapaxes(0, 1)[None]
+        return of_tokens(scores), of_tokens(ids)
 
     batch, length, heads, _ = q1.shape
     if _tokens_alone(batch) and extraction.serves(jnp.promote_types(q1.dtype, jnp.float32), k):
-        chunk = beside
+        return over_time(by_extraction, chunk_length(heads * n, length, few=True), q1, q2)
     return over_time(chunk, chunk_length(batch * heads * n, length), q1, q2)
 
 
@@ -58,11 +59,11 @@ def _tokens_alone(batch: int) -> bool:
     return current_platform() == "cpu" and batch == 1 and automatic_axes() is None
 
 
-def _scores_beside(q: Array, c: Array) -> Array:
-    """[H, n, t] of q [1, t, H, K]: `sub_scores` in the order in which products of heads leave it."""
+def _scores_of_heads(q: Array, c: Array) -> Array:
+    """[H * t, n] of q [1, t, H, K]: `sub_scores` in the order in which products of heads leave it."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("hnd,thd->hnt" if c.ndim == 3 else "nd,thd->hnt", c, q[0], preferred_element_type=wide,
-                      precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("thd,hnd->htn" if c.ndim == 3 else "thd,nd->htn", q[0], c, preferred_element_type=wide,
+                      precision=jax.lax.Precision.HIGHEST).reshape(-1, c.shape[-2])
 
 
 def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -> tuple[Array, Array, Array, Array]:
@@ -86,11 +87,7 @@ def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -
                               g.reshape(-1, g.shape[-1])).reshape(q.shape)
         place = ((head * n + chosen) * length + jax.lax.broadcasted_iota(jnp.int32, chosen.shape, 1)).reshape(-1)
         at_keys = jnp.zeros_like(g, shape=(heads * n * length,)).at[place].add(g.reshape(-1), mode="promise_in_bounds")
-        at_keys = at_keys.reshape(heads, n, length)
-        return dq, product(f"hnt,thd->{keys}", at_keys, q[0].astype(g.dtype))
-
-    if _tokens_alone(q1.shape[0]) and cpu_rows.serves(c1.size // c1.shape[-1], c1.shape[-1]):
-        half = half_beside
+        return dq, product(f"hnt,thd->{keys}", at_keys.reshape(heads, n, length), q[0].astype(g.dtype))
 
     def chunk(sums, q1, q2, ids, g):
         dq1, dc1 = half(q1, c1, ids // n, g)
@@ -98,8 +95,11 @@ def backward(q1: Array, q2: Array, c1: Array, c2: Array, ids: Array, g: Array) -
         return (sums[0] + dc1, sums[1] + dc2), (dq1.astype(q1.dtype), dq2.astype(q2.dtype))
 
     batch, length, heads, _ = q1.shape
+    size = chunk_length(batch * heads * n, length)
+    if _tokens_alone(batch) and cpu_rows.serves(c1.size // c1.shape[-1], c1.shape[-1]):
+        half, size = half_beside, chunk_length(heads * n, length, few=True)
     zeros = (jnp.zeros_like(c1, g.dtype), jnp.zeros_like(c2, g.dtype))
-    (dc1, dc2), (dq1, dq2) = scan_time(chunk, chunk_length(batch * heads * n, length), zeros, q1, q2, ids, g)
+    (dc1, dc2), (dq1, dq2) = scan_time(chunk, size, zeros, q1, q2, ids, g)
     return dq1, dq2, dc1.astype(c1.dtype), dc2.astype(c2.dtype)
 
 

@@ -9,7 +9,9 @@ from pallas_kernels import cpu_rows
 
 
 @pytest.mark.parametrize("columns,tokens,chosen", [(16, 1, 1), (32, 130, 17), (272, 64, 3)])
-def test_rows_where_they_lie(columns, tokens, chosen):
+def test_rows_where_they_lie(monkeypatch, columns, tokens, chosen):
+    """Fewer tokens than a loop takes, some of its trips and a rest, one trip."""
+    monkeypatch.setattr(cpu_rows, "TOKENS", 64)
     rng = np.random.default_rng(0)
     table, at = rng.normal(size=(9, columns)), rng.integers(0, 9, (tokens, chosen)).astype(np.int32)
     x, weights = rng.normal(size=(tokens, columns)), rng.normal(size=at.shape)
