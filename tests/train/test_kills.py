@@ -2,6 +2,7 @@
 workers, and of all of them at once as when a machine dies. What comes out is what an uninterrupted run gives."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -61,29 +62,38 @@ def numbers(workdir: pathlib.Path) -> dict[str, float]:
     return {name: value for name, value in result.items() if not name.startswith("perf/")}
 
 
+def same_training(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    np.testing.assert_array_equal(losses(workdir), losses(whole))
+    a, b = (restore_params(where, None) for where in (workdir, whole))
+    assert a[1] == b[1] == STEPS
+    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
+    assert numbers(workdir) == numbers(whole)
+
+
 def test_a_trainer_that_is_killed_at_any_point_ends_the_same(tmp_path):
-    draw, killed = random.Random(20), 0
+    draw, workdirs = random.Random(20), (tmp_path / f"killed{n}" for n in itertools.count())
     assert run(tmp_path / "warm", "--config.train.steps=4")[0] == 0  # compiled programs are kept
     began = time.monotonic()
     code, out = run(tmp_path / "whole", *LONG)
     assert code == 0, out
-    seconds, workdir = time.monotonic() - began, tmp_path / "killed"
-    for kind in shuffled(TRAINER_KILLS, draw):
+    seconds, workdir, kinds = time.monotonic() - began, next(workdirs), shuffled(TRAINER_KILLS, draw)
+    while kinds:
         process = start(workdir, *LONG)
-        wait_for(kind, process, workdir, draw, seconds)
+        wait_for(kinds[-1], process, workdir, draw, seconds)
         process.send_signal(signal.SIGKILL)
-        killed += finish(process)[0] == -signal.SIGKILL
+        code, out = finish(process)
         for step in complete_steps(workdir):  # none of them is damaged
             params, found = restore_params(workdir, None, step)
             assert found == step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    assert killed >= 15, "the run was complete too soon to be killed 20 times"
+        if code == -signal.SIGKILL:
+            kinds.pop()
+            continue
+        assert code == 0, out  # complete before it was killed: another is killed instead
+        same_training(workdir, tmp_path / "whole")
+        workdir = next(workdirs)
     code, out = run(workdir, *LONG)
     assert code == 0, out
-    np.testing.assert_array_equal(losses(workdir), losses(tmp_path / "whole"))
-    a, b = (restore_params(where, None) for where in (workdir, tmp_path / "whole"))
-    assert a[1] == b[1] == STEPS
-    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
-    assert numbers(workdir) == numbers(tmp_path / "whole")
+    same_training(workdir, tmp_path / "whole")
 
 
 def sweep(workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
@@ -131,37 +141,63 @@ def alive(pid: int, workdir: pathlib.Path) -> bool:
     return False
 
 
+def same_sweep(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    a, b = trials(workdir), trials(whole)
+    assert [one.state.name for one in a] == ["COMPLETE"] * TRIALS
+    assert [one.params for one in a] == [one.params for one in b]
+    assert len({one.params["train.seed"] for one in a}) == TRIALS
+    for n in range(TRIALS):
+        one, other = (where / f"trials/{n:04d}" for where in (workdir, whole))
+        np.testing.assert_array_equal(losses(one), losses(other))
+        assert len(losses(one)) == TRIAL_STEPS and numbers(one) == numbers(other)
+    assert [one.values for one in a] == [one.values for one in b]
+
+
+def complete(workdir: pathlib.Path) -> bool:
+    return (workdir / "sweep.json").exists() and [one.state.name for one in trials(workdir)] == ["COMPLETE"] * TRIALS
+
+
+def strike(kind: str, process: subprocess.Popen, workdir: pathlib.Path, draw: random.Random, orphans: set[int]) -> bool:
+    """Kills what `kind` says at a drawn time, adds trainings left alone to `orphans`; whether it killed one."""
+    if kind == "training":
+        limit = time.monotonic() + 30
+        while not children(process.pid) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+    limit = time.monotonic() + draw.uniform(0.1, 4.0)
+    while process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    if kind == "training":
+        killed = any(kill(pid) for pid in sorted(children(process.pid))[:1])
+        time.sleep(draw.uniform(0.0, 1.0))  # the driver sees it, or not
+        orphans |= set(children(process.pid))
+        process.terminate()
+        process.wait(60)
+        return killed
+    orphans |= set(children(process.pid))
+    killed = process.poll() is None and kill(process.pid)
+    process.wait(60)
+    if kind == "machine":
+        for pid in [pid for pid in orphans if alive(pid, workdir)]:
+            kill(pid)
+    return killed
+
+
 def test_a_sweep_whose_processes_are_killed_loses_and_doubles_nothing(tmp_path):
-    draw, killed, orphans, log, process = random.Random(30), 0, set(), tmp_path / "log", None
+    draw, orphans, log, process = random.Random(30), set(), tmp_path / "log", None
+    workdirs = (tmp_path / f"killed{n}" for n in itertools.count())
     log.touch()
     assert sweep(tmp_path / "whole", log).wait(300) == 0, log.read_text()
-    workdir = tmp_path / "killed"
+    workdir, kinds = next(workdirs), shuffled(SWEEP_KILLS, draw)
     try:
-        for kind in shuffled(SWEEP_KILLS, draw):
+        while kinds:
             process = sweep(workdir, log)
-            if kind == "training":
-                limit = time.monotonic() + 30
-                while not children(process.pid) and process.poll() is None and time.monotonic() < limit:
-                    time.sleep(0.01)
-            limit = time.monotonic() + draw.uniform(0.1, 4.0)
-            while process.poll() is None and time.monotonic() < limit:
-                time.sleep(0.01)
-            if kind == "training":
-                killed += any(kill(pid) for pid in sorted(children(process.pid))[:1])
-                time.sleep(draw.uniform(0.0, 1.0))  # the driver sees it, or not
-                orphans |= set(children(process.pid))
-                process.terminate()
-                process.wait(60)
-                continue
-            orphans |= set(children(process.pid))
-            killed += process.poll() is None and kill(process.pid)
-            process.wait(60)
-            if kind == "machine":
-                for pid in [pid for pid in orphans if alive(pid, workdir)]:
-                    kill(pid)
-        assert killed >= 25, f"the sweep was complete after {killed} kills"
+            if strike(kinds[-1], process, workdir, draw, orphans):
+                kinds.pop()
+            elif complete(workdir):  # before its process was killed: another sweep's is killed instead
+                same_sweep(workdir, tmp_path / "whole")
+                workdir = next(workdirs)
         limit = time.monotonic() + 240
-        while {one.state.name for one in trials(workdir)} != {"COMPLETE"} and time.monotonic() < limit:
+        while not complete(workdir) and time.monotonic() < limit:
             assert sweep(workdir, log).wait(240) == 0, log.read_text()  # 0: nothing failed
             time.sleep(0.5)  # what an orphan still has is read by the next
     finally:
@@ -169,14 +205,6 @@ def test_a_sweep_whose_processes_are_killed_loses_and_doubles_nothing(tmp_path):
             orphans |= set(children(process.pid))
             process.kill()
         for pid in orphans:
-            if alive(pid, workdir):
+            if any(alive(pid, path) for path in tmp_path.glob("killed*")):
                 kill(pid)
-    found, whole = trials(workdir), trials(tmp_path / "whole")
-    assert [one.state.name for one in found] == ["COMPLETE"] * TRIALS
-    assert [one.params for one in found] == [one.params for one in whole] and len(
-        {one.params["train.seed"] for one in found}) == TRIALS
-    for n in range(TRIALS):
-        a, b = (where / f"trials/{n:04d}" for where in (workdir, tmp_path / "whole"))
-        np.testing.assert_array_equal(losses(a), losses(b))
-        assert len(losses(a)) == TRIAL_STEPS and numbers(a) == numbers(b)
-    assert [one.values for one in found] == [one.values for one in whole]
+    same_sweep(workdir, tmp_path / "whole")
