@@ -114,10 +114,11 @@ def run(claim: Any, args: argparse.Namespace) -> int:
     resolved = {cell.name: configs.resolve(claim.module.get_config(), cell.overrides) for cell in cells}
     hashes = {cell.name: configs.config_hash({"config": resolved[cell.name].to_dict(), "then": list(cell.then)}
                                              if cell.then else resolved[cell.name]) for cell in cells}
-    begun = store.check_grid(workdir, claim.name, hashes, args.full)
-    if begun is None:
-        begun = {"claim": claim.name, "full": args.full, "run": secrets.token_hex(4),
-                 "started": time.strftime("%Y-%m-%d", time.gmtime()), "cells": hashes}
+    begun = store.check_grid(workdir, claim.name, hashes, args.full) or {
+        "claim": claim.name, "full": args.full, "run": secrets.token_hex(4),
+        "started": time.strftime("%Y-%m-%d", time.gmtime()), "cells": hashes}
+    if "code" not in begun or any(store.read_cell(workdir, cell.name)["values"] is None for cell in cells):
+        begun = {**begun, "code": code_state(begun.get("code"))}
         store.write_json(workdir / store.CLAIM_FILE, begun)
     stopped = run_and_tell(workdir, cells, {name: configs.to_json(config) for name, config in resolved.items()},
                            jobs=args.jobs, title=f"{claim.name}: {len(cells)} cells")
@@ -136,18 +137,25 @@ def run(claim: Any, args: argparse.Namespace) -> int:
     return 0 if verdict["passed"] else 1
 
 
+def code_state(before: dict[str, Any] | None) -> dict[str, Any]:
+    """{"revision", "dirty"} of the code that is about to run cells. Where other cells ran on other code before, no
+    revision holds what all of them ran, which is what dirty says."""
+    from launch.environment import git_state
+    here = pathlib.Path(__file__).resolve()
+    state = git_state(here.parent, here.name, MADE_FROM_RESULTS) or {"revision": None, "dirty": None}
+    return state if before in (None, state) else {**state, "dirty": True}
+
+
 def collect(begun: dict[str, Any], workdir: pathlib.Path, cells: list[Any], hashes: dict[str, str]) -> dict[str, Any]:
     """Everything that is known of a run but the verdict."""
-    from launch.environment import git_state, version
+    from launch.environment import version
     from lm.claims import store
     from lm.claims.verdict import spread
     rows = [{"name": cell.name, "arm": cell.arm, "seed": cell.seed, "measure": cell.measure,
              "config_hash": hashes[cell.name], **store.read_cell(workdir, cell.name)} for cell in cells]
-    here = pathlib.Path(__file__).resolve()
-    state = git_state(here.parent, here.name, MADE_FROM_RESULTS) or {"revision": None, "dirty": None}
     packages = {name: version(name) for name in ("loomlm", "jax", "flax", "numpy")}
     return {key: begun[key] for key in ("claim", "full", "run", "started")} | {
-        "revision": state["revision"], "dirty": state["dirty"], "python": platform.python_version(),
+        **begun["code"], "python": platform.python_version(),
         "packages": packages, "totals": store.totals(rows), "cells": rows, "spread": spread(rows)}
 
 

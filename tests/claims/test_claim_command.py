@@ -95,6 +95,20 @@ def test_results_can_be_recorded_and_recording_twice_adds_nothing(lm_claim, tmp_
     assert len(record["runs"]) == 1 and record["runs"][0] == read_json(tmp_path / "w" / "results.json")
 
 
+def test_the_revision_is_that_of_the_code_that_ran_the_cells(lm_claim, tmp_path, monkeypatch):
+    from launch import environment
+    code = lambda: [read_json(tmp_path / "w" / "results.json")[key] for key in ("revision", "dirty")]
+    at = lambda revision: monkeypatch.setattr(environment, "git_state", lambda *_: dict(revision=revision, dirty=False))
+    at("one")
+    lm_claim()
+    at("two")
+    lm_claim()      # judges alone
+    assert code() == ["one", False]
+    (tmp_path / "w" / "cells" / "bad-s1" / "cell.json").unlink()
+    lm_claim()
+    assert code() == ["two", True]
+
+
 @pytest.mark.parametrize("words, message", [
     (["minrnn_scn"], "there is no claim 'minrnn_scn'; did you mean 'minrnn_scan'?"),
     ([], "lm claim needs a NAME: "),
