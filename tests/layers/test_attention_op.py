@@ -142,6 +142,23 @@ def test_packed_documents_equal_the_formula(layout, monkeypatch):
         np.testing.assert_allclose(one, two, atol=2e-6 * max(1.0, float(abs(one).max())))
 
 
+@pytest.mark.parametrize("rows, form", [
+    ([[512]], 256), ([[250, 262]], 256), ([[256, 256]], 0), ([[130, 140]], 128), ([[150, 200, 162]], 128),
+    ([[200, 120, 192]], 64), ([[256, 256], [200, 120, 192]], 64), ([[256, 256], [512]], 256), ([[60] * 8], "each"),
+    ([[256, 256], [60] * 8], "each"), ([[5]], "each")])
+def test_few_documents_a_row_cut_the_largest_level_alone(rows, form):
+    """The form that is run: the largest level alone is cut, as far as all rows allow, unless a smaller one can be."""
+    queries, keys = packed(rows, 512)
+    corners = reach.corners(queries, keys, (64, 128, 256), 64, 512)
+
+    def function(largest, documents, _):
+        assert (documents[2] is None) == (largest is not None)
+        return jnp.asarray(-1 if largest is None else largest)
+
+    chosen = int(halving._whole_or_corners(function, 64, (queries, keys, corners), queries))
+    assert chosen == (-1 if form == "each" else form)
+
+
 def test_documents_in_no_order_lose_nothing():
     """Numbers that do not ascend take more than they need: the corner then has every pair that sees each other."""
     docs = np.asarray(documents(20, 256, seed=5))

@@ -52,9 +52,11 @@ def attend_with_logsumexp(q: Array, k: Array, v: Array, documents: tuple[Array |
     return out[:, :tokens], logsumexp[:, :, :tokens]
 
 
-def at_a_time(rows: int, heads: int, tokens: int) -> tuple[int, int]:
-    """(rows, heads) to work on together so that they fit in the cache; several rows only with all of their heads."""
-    fit = max(1, CACHE_BYTES // (4 * tokens * max(BLOCK, tokens // 4)))  # the largest level of a head, in float32
+def at_a_time(rows: int, heads: int, tokens: int, largest: int | None = None) -> tuple[int, int]:
+    """(rows, heads) to work on together so that they fit in the cache; several rows only with all of their heads.
+    largest: width of the corners of the largest level, None for all of it."""
+    widest = tokens // 4 if largest is None else max(tokens // 8, largest ** 2 // tokens)
+    fit = max(1, CACHE_BYTES // (4 * tokens * max(BLOCK, widest)))  # the scores of a head in one level, in float32
     return (max((r for r in range(1, rows + 1) if rows % r == 0 and r * heads <= fit), default=1),
             max(c for c in range(1, heads + 1) if heads % c == 0 and c <= fit))
 
@@ -86,36 +88,39 @@ def _heads_last(x, rows):
 
 
 def _forward(scale, block, q, k, v, documents):
-    out, logsumexp = _whole_or_corners(functools.partial(_forward_rows, scale, block), documents, q, k, v)
+    out, logsumexp = _whole_or_corners(functools.partial(_forward_rows, scale, block), block, documents, q, k, v)
     return (out, logsumexp), (q, k, v, documents, out, logsumexp)
 
 
 def _backward(scale, block, saved, cotangents):
     q, k, v, documents, out, logsumexp = saved
-    grads = _whole_or_corners(functools.partial(_backward_rows, scale, block), documents, q, k, v, out, logsumexp,
-                              *cotangents)
+    grads = _whole_or_corners(functools.partial(_backward_rows, scale, block), block, documents, q, k, v, out,
+                              logsumexp, *cotangents)
     return (*grads, (None, None, None))
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _whole_or_corners(function, documents, *arrays):
-    """`function(documents, *arrays)`. Where every row takes its squares whole, no level chooses: XLA fuses nothing
-    across a choice, which costs more the smaller the squares are."""
+def _whole_or_corners(function, block, documents, *arrays):
+    """`function(largest, documents, *arrays)`: in forms that take corners of width `largest` of the largest level and
+    all of the others, and in one where each level chooses. XLA fuses nothing across a choice, which costs more the
+    smaller the squares are; and rows of two documents, a pair of responses, need only the largest level cut."""
     corners = documents[2]
     if corners is None or not corners.size:
-        return function((*documents[:2], None), *arrays)
-    return jax.lax.cond(corners.any(), lambda *given: function(documents, *given),
-                        lambda *given: function((*documents[:2], None), *given), *arrays)
+        return function(None, (*documents[:2], None), *arrays)
+    sizes = reach.sizes(block << corners.shape[1] - 1, block)
+    form = jnp.where(corners[:, :-1].any(), len(sizes), corners[:, -1].min())
+    return jax.lax.switch(form, [*(functools.partial(function, size, (*documents[:2], None)) for size in sizes),
+                                 functools.partial(function, None, documents)], *arrays)
 
 
-def _forward_rows(scale, block, documents, q, k, v):
+def _forward_rows(scale, block, largest, documents, q, k, v):
     tokens, heads = q.shape[1:3]
-    rows, together = at_a_time(len(q), heads, tokens)
+    rows, together = at_a_time(len(q), heads, tokens, largest)
 
     def some_rows(q_rows, k_rows, v_rows, *row_documents):
-        out, logsumexp = _map(functools.partial(_forward_heads, block, row_documents), together * rows,
+        out, logsumexp = _map(functools.partial(_forward_heads, block, largest, row_documents), together * rows,
                               _heads_first(q_rows, heads) * scale, _heads_first(k_rows, heads),
                               _heads_first(v_rows, heads))
         return _heads_last(out, rows).astype(q.dtype), logsumexp.reshape(rows, heads, tokens)
@@ -123,14 +128,14 @@ def _forward_rows(scale, block, documents, q, k, v):
     return _map(some_rows, rows, q, k, v, *documents)
 
 
-def _backward_rows(scale, block, documents, q, k, v, out, logsumexp, d_all, d_sums):
+def _backward_rows(scale, block, largest, documents, q, k, v, out, logsumexp, d_all, d_sums):
     tokens, heads, groups = *q.shape[1:3], k.shape[2]
-    rows, together = at_a_time(len(q), heads, tokens)
+    rows, together = at_a_time(len(q), heads, tokens, largest)
 
     def some_rows(q_rows, k_rows, v_rows, out_rows, sum_rows, d_out_rows, d_sum_rows, *row_documents):
         d_out = _heads_first(d_out_rows, heads)
         delta = (_heads_first(out_rows, heads) * d_out).sum(-1) - d_sum_rows.reshape(-1, tokens)
-        d_q, d_k, d_v = _map(functools.partial(_backward_heads, block, row_documents), together * rows,
+        d_q, d_k, d_v = _map(functools.partial(_backward_heads, block, largest, row_documents), together * rows,
                              _heads_first(q_rows, heads) * scale, _heads_first(k_rows, heads),
                              _heads_first(v_rows, heads), sum_rows.reshape(-1, tokens), delta, d_out)
         d_k, d_v = (d.reshape(rows * groups, -1, *d.shape[1:]).sum(1) for d in (d_k, d_v))
@@ -187,18 +192,23 @@ def _mask(width, size, later, earlier, documents, keys_first, count):
     return keep
 
 
-def _by_level(function, tokens, block, documents):
-    """`function(size, width, later, earlier)` of every level, with the corner of its squares that documents reach."""
+def _by_level(function, tokens, block, largest, documents):
+    """`function(size, width, later, earlier)` of every level: `size` is the side of the corner of its squares that
+    documents reach where the levels have corners; else `largest` for the largest level where given, and all of it."""
     for level, sides in enumerate(_levels(tokens, block)):
-        width, later, _ = sides
-        if later is None or documents[2] is None:
+        width, later = sides[:2]
+        if later is None:
             yield function(width, *sides)
-            continue
-        choices = [functools.partial(function, size, *sides) for size in reach.sizes(width, block)]
-        yield jax.lax.switch(documents[2][:, level - 1].min(), choices)
+        elif documents[2] is not None:
+            choices = [functools.partial(function, size, *sides) for size in reach.sizes(width, block)]
+            yield jax.lax.switch(documents[2][:, level - 1].min(), choices)
+        else:
+            size = largest if largest is not None and 2 * width == tokens else width
+            if size:
+                yield function(size, *sides)
 
 
-def _forward_heads(block, documents, q, k, v):
+def _forward_heads(block, largest, documents, q, k, v):
     """q (scaled), k, v [C, T, K], documents [rows, T] -> out [C, T, K], log-sum-exp [C, T]."""
     def part(size, width, later, earlier):
         if not size:
@@ -212,7 +222,7 @@ def _forward_heads(block, documents, q, k, v):
         return (_join(top, width, later, EMPTY), _join(weights.sum(-1), width, later),
                 _join(_dot(weights, _cut(v, width, earlier, size), 1, 0), width, later))
 
-    parts = list(_by_level(part, q.shape[1], block, documents))
+    parts = list(_by_level(part, q.shape[1], block, largest, documents))
     top = functools.reduce(jnp.maximum, (part_top for part_top, _, _ in parts))
     factors = [jnp.exp(part_top - top) for part_top, _, _ in parts]
     total = sum(factor * part for factor, (_, part, _) in zip(factors, parts, strict=True))
@@ -221,7 +231,7 @@ def _forward_heads(block, documents, q, k, v):
     return out / total[..., None], top + jnp.log(total)
 
 
-def _backward_heads(block, documents, q, k, v, logsumexp, delta, d_out):
+def _backward_heads(block, largest, documents, q, k, v, logsumexp, delta, d_out):
     """Gradients of q (scaled), k and v, each [C, T, K]. Scores are [keys, queries], see above."""
     def part(size, width, later, earlier):
         if not size:
@@ -238,4 +248,4 @@ def _backward_heads(block, documents, q, k, v, logsumexp, delta, d_out):
         return (_join(d_q, width, later), _join(_dot(d_scores, queries, 1, 0), width, earlier),
                 _join(_dot(weights, d_part, 1, 0), width, earlier))
 
-    return tuple(map(sum, zip(*_by_level(part, q.shape[1], block, documents), strict=True)))
+    return tuple(map(sum, zip(*_by_level(part, q.shape[1], block, largest, documents), strict=True)))
